@@ -1,0 +1,305 @@
+"""The command ``halfbyte``: compare recipes, train, look at formats and recipes, see what a picture loses.
+
+Exit status: 0 done, 1 a run diverged, 2 something was asked that cannot be done, 130 Ctrl-C, 143 SIGTERM.
+Nothing heavy is imported before a command needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from .errors import HalfbyteError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.stderr.write(f"halfbyte: the command needs {error.name}. Install it with: pip install 'halfbyte[lab]'\n")
+    raise SystemExit(2) from None
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="halfbyte",
+    help="Train neural networks in four bits: INT4 weights and activations, radix-4 FP4 gradients.",
+    epilog="Start with: halfbyte compare digits --recipes fp32,bf16,ibm2020 --seeds 3",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+_SIZE = "How long: smoke (seconds, for tests), cpu (a minute at a desk) or full (for results)."
+_MODEL = "Which network of the task; for digits cnn or mlp."
+_ACCELERATOR = "Where to compute: cpu, cuda, mps or auto."
+_RUNS = Path("runs")
+
+
+def _examples(*lines: str) -> str:
+    """An epilog: Typer joins lines unless a blank one parts them."""
+    return "\n\n".join(["Examples:", *lines])
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from .lab.record import versions
+
+        typer.echo(f"halfbyte {versions()['halfbyte']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=_examples(
+        "halfbyte compare digits --recipes fp32,bf16,ibm2020 --seeds 3",
+        "halfbyte compare digits --recipes all --model mlp --json mlp.json",
+    )
+)
+def compare(
+    task: Annotated[str, typer.Argument(help="The task, for example digits.")],
+    recipes: Annotated[str, typer.Option(help="Names with commas between them, or all. See: halfbyte recipes")],
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 3 means the seeds 0, 1 and 2.")] = 3,
+    size: Annotated[str, typer.Option(help=_SIZE)] = "cpu",
+    model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones there are not repeated.")] = _RUNS,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write runs and summary to this file.")] = None,
+    accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
+) -> None:
+    """Train one network under several recipes and seeds, and print what each recipe cost.
+
+    Every recipe gets the same initial weights, the same order of examples and the same settings. From three seeds on
+    the table shows Student's 95 % interval of the difference. After Ctrl-C the same command goes on.
+    """
+    from .lab import tasks
+    from .lab.compare import compare as run_all
+    from .lab.console import Watcher, comparison_table
+    from .lab.run import Interrupted
+    from .recipes import RECIPES
+
+    names = list(RECIPES) if recipes.strip() == "all" else [name.strip() for name in recipes.split(",")]
+    definition, console = tasks.get(task), Console()
+    try:
+        with Watcher(console, definition.metric, definition.unit) as watcher:
+            result = run_all(
+                task,
+                names,
+                range(seeds),
+                size=size,
+                model=model,
+                out_dir=out,
+                accelerator=accelerator,
+                progress=watcher,
+                note=lambda text: console.print(text, style="dim"),
+            )
+    except Interrupted as stop:
+        raise _stopped(stop, shlex.join(["halfbyte", *sys.argv[1:]])) from None
+    console.print(comparison_table(result))
+    if json_file is not None:
+        result.write(json_file)
+        console.print(f"Runs and summary: {json_file}")
+    if result.failures:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "halfbyte train digits --recipe ibm2020 --seed 1",
+        "halfbyte train digits --recipe ibm2020 --seed 1 --resume runs/digits-cnn-cpu-ibm2020-seed1",
+    )
+)
+def train(
+    task: Annotated[str, typer.Argument(help="The task, for example digits.")],
+    recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and of the order of the examples.")] = 0,
+    size: Annotated[str, typer.Option(help=_SIZE)] = "cpu",
+    model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run. Without it: runs/TASK-MODEL-SIZE-RECIPE-seedN.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run that is to go on.")] = None,
+    accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
+) -> None:
+    """Train one network under one recipe, and write its record.
+
+    Same seed, same bits. Ctrl-C leaves a checkpoint and prints the command that goes on; the end is the same as if
+    nothing had happened.
+    """
+    from .lab import tasks
+    from .lab.console import Watcher
+    from .lab.run import RECORD_NAME, Interrupted, Run
+    from .lab.trainer import train as run_one
+
+    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "")
+    folder = resume or out or _RUNS / run.name
+    definition, console = tasks.get(task), Console()
+    try:
+        with Watcher(console, definition.metric, definition.unit) as watcher:
+            result = run_one(
+                task,
+                recipe,
+                seed,
+                size=size,
+                model=model,
+                out_dir=out if resume else folder,
+                resume=resume,
+                accelerator=accelerator,
+                progress=watcher,
+            )
+    except Interrupted as stop:
+        raise _stopped(stop, stop.command) from None
+    console.print(f"{run.name}: {result.metric} {result.value:.2f} {result.unit} in {result.seconds:.1f} s")
+    for layer, count in result.nonfinite.items():
+        console.print(f"{layer}: {count} tensors held NaN or infinity.", style="red")
+    console.print(f"Record: {folder / RECORD_NAME}")
+
+
+def _stopped(stop: Any, command: str) -> typer.Exit:
+    """Says how to go on after a signal, and leaves with the status that shells use for it."""
+    name = signal.Signals(stop.signal_number).name
+    typer.echo(f"\nStopped by {name}; a checkpoint is saved. Go on with:\n  {command}", err=True)
+    return typer.Exit(128 + stop.signal_number)
+
+
+@app.command(epilog=_examples("halfbyte formats", "halfbyte formats fp4_e3m0_r4", "halfbyte formats int4 --json"))
+def formats(
+    name: Annotated[str | None, typer.Argument(help="A format; without it, a list of all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+) -> None:
+    """List the number formats, or show every code of one and the number that it stands for."""
+    from .formats import FORMATS, get
+
+    chosen = list(FORMATS.values()) if name is None else [get(name)]
+    if as_json:
+        described = [_format_json(fmt) for fmt in chosen]
+        typer.echo(json.dumps(described if name is None else described[0], indent=2, allow_nan=False))
+        return
+    from .lab.console import format_facts, format_table
+
+    console = Console()
+    if name is not None:
+        console.print(format_facts(chosen[0]), markup=False, highlight=False)
+        console.print(format_table(chosen[0]))
+        return
+    table = Table(
+        title="Formats", caption="smallest: above zero. One in full: halfbyte formats NAME", caption_justify="left"
+    )
+    table.add_column("name", no_wrap=True)
+    for title in ("bits", "radix", "smallest", "largest"):
+        table.add_column(title, justify="right")
+    table.add_column("what it is")
+    for fmt in chosen:
+        radix = "-" if fmt.kind == "int" else str(fmt.radix)
+        table.add_row(fmt.name, str(fmt.bits), radix, f"{fmt.min_positive:.4g}", f"{fmt.max:.4g}", fmt.description)
+    console.print(table)
+
+
+def _format_json(fmt: Any) -> dict[str, Any]:
+    """A format as plain values. JSON has no NaN and no infinity: they become the strings nan, inf and -inf."""
+    low, high = fmt.saturate
+    return {
+        "name": fmt.name,
+        "description": fmt.description,
+        "kind": fmt.kind,
+        "bits": fmt.bits,
+        "signed": fmt.signed,
+        "radix": fmt.radix,
+        "phase": fmt.phase.value if fmt.kind == "log" else None,
+        "exponent_bits": fmt.exponent_bits,
+        "mantissa_bits": fmt.mantissa_bits,
+        "saturate": [low, high],
+        "min_positive": fmt.min_positive,
+        "values": [value if math.isfinite(value) else str(value) for value in fmt.values],
+    }
+
+
+@app.command(epilog=_examples("halfbyte recipes", "halfbyte recipes ibm2020"))
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe; without it, a list of all.")] = None,
+) -> None:
+    """List the recipes, or show one in full: its six operand slots, its rules and where it comes from."""
+    from .recipes import RECIPES, get
+
+    console = Console()
+    if name is not None:
+        chosen = get(name)
+        console.print(f"{chosen.name}: {chosen.description}", markup=False, highlight=False)
+        console.print(f"Source: {chosen.source}\n", markup=False, highlight=False)
+        console.print(str(chosen), markup=False, highlight=False)
+        return
+    table = Table(title="Recipes", caption="One in full: halfbyte recipes NAME", caption_justify="left")
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it is")
+    for recipe in RECIPES.values():
+        table.add_row(recipe.name, recipe.description)
+    console.print(table)
+
+
+@app.command(
+    epilog=_examples(
+        "halfbyte quantize cat.jpg --format int4 --out cat-int4.png",
+        "halfbyte quantize cat.jpg --format int4 --bits 2 --out cat-2bit.png",
+        "halfbyte quantize cat.jpg --format fp4_e3m0_r4 --out cat-radix4.png",
+    )
+)
+def quantize(
+    image: Annotated[Path, typer.Argument(help="Any image: gray or color, with or without alpha.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")],
+    fmt: Annotated[str, typer.Option("--format", help="A format. See: halfbyte formats")] = "int4",
+    bits: Annotated[int | None, typer.Option(help="Another width for an integer format, 1 to 8.")] = None,
+) -> None:
+    """Show what a format does to a picture: original, quantized and error side by side.
+
+    Integer formats map the darkest and lightest pixel to the lowest and highest code, -8 and 7 in four bits, and back.
+    Others get a power-of-two scale that brings the largest pixel into range. In the error panel white is the largest
+    error.
+    """
+    from .picture import open_image, picture
+
+    if out.suffix.lower() != ".png":
+        raise HalfbyteError(f"--out {out} is no PNG, and other formats add losses of their own. Name a file *.png.")
+    result = picture(open_image(image), fmt, bits=bits)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result.image.save(out, format="PNG")
+    typer.echo(
+        f"{result.format_name}: {result.levels_used} of {result.levels} levels used, scale {result.scale:.6g}, "
+        f"SQNR {result.sqnr_db:.1f} dB, largest error {result.largest_error:.1f} of 255 gray values"
+    )
+    typer.echo(f"Original, quantized, error: {out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit status, see the module's docstring.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="halfbyte")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except HalfbyteError as error:
+        sys.stderr.write(f"halfbyte: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"halfbyte: {error.strerror or error}: {error.filename}\n")
+        return 2
+    return 0

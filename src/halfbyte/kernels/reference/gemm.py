@@ -1,0 +1,172 @@
+"""The three GEMMs on codes, with exact integer sums, in plain PyTorch.
+
+The result of a GEMM is ``float32(sum of integer products) * scale``: the sum is exact, rounded once to float32 and
+multiplied once. Exactness is bought as cheaply as the bounds allow: int8 matrix products with 32-bit sums for linear
+layers on a CPU, float32 while every partial sum stays below 2^24, float64 otherwise and on other devices. No choice
+depends on the data, and none changes the result.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...qtensor import QTensor
+from ..geometry import Gemm, Geometry, Linear
+from .chunked import chunked_gemm
+from .decode import PLANE_LIMIT, decode, planes
+
+Accumulate = Literal["exact", "fp32", "fp16_chunk64"]
+
+_EXACT_FLOAT32 = 1 << 24
+_EXACT_INT32 = 1 << 31
+_EXACT_FLOAT64 = 1 << 53
+
+
+def gemm(
+    which: Gemm, a: QTensor | Tensor, b: QTensor | Tensor, geometry: Geometry, *, accumulate: Accumulate = "exact"
+) -> Tensor:
+    """One GEMM of a layer.
+
+    Args:
+        which: fprop, dgrad or wgrad.
+        a: input (fprop) or grad_output (dgrad, wgrad).
+        b: weight (fprop, dgrad) or input (wgrad). Where an operand is no `QTensor` the product is an ordinary
+            floating one with the other dequantized.
+        geometry: the layer's shape.
+        accumulate: ``"exact"``; ``"fp32"``, one float32 product of the integers, rounded as the library pleases; or
+            ``"fp16_chunk64"``, exact sums of 64 products rounded to float16 and added in float16, as the paper's
+            hardware does. The last two need operands without a zero point.
+
+    Returns:
+        float32 (float64 where a floating operand is).
+    """
+    if not (isinstance(a, QTensor) and isinstance(b, QTensor)):
+        other = a if isinstance(a, Tensor) else b
+        dtype = other.dtype if isinstance(other, Tensor) else torch.float32
+        return geometry.apply(which, _floating(a, dtype), _floating(b, dtype))
+    scale = output_scale(a, b)
+    if accumulate == "fp16_chunk64":
+        return chunked_gemm(which, a, b, geometry).mul_(scale)
+    if accumulate == "fp32":
+        total = geometry.apply(which, decode(a), decode(b))
+    elif a.zero_point is None and b.zero_point is None:
+        total = _rounded(_products(which, a, b, geometry), _bound(which, a, b, geometry))
+    else:
+        total = _centered(which, a, b, geometry).float()
+    return total.mul_(scale)
+
+
+def accumulators(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
+    """The exact sums of products of the two operands' integers, float64, before zero points and scales."""
+    total = torch.zeros((), dtype=torch.float64)
+    for weight, part in _products(which, a, b, geometry):
+        total = total + part.double() * weight
+    return total
+
+
+def output_scale(a: QTensor, b: QTensor) -> Tensor:
+    """What an integer sum is multiplied by: both scales and both units, float32 of shape (), rounded once."""
+    unit = float(a.format.unit * b.format.unit)
+    return (a.scale.double() * b.scale.double() * unit).float()
+
+
+def _floating(operand: QTensor | Tensor, dtype: torch.dtype) -> Tensor:
+    return operand.dequantize(dtype) if isinstance(operand, QTensor) else operand
+
+
+def _bound(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> int:
+    """The largest magnitude that a sum can reach."""
+    return geometry.reduction(which) * a.format.max_integer * b.format.max_integer
+
+
+def _products(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> list[tuple[int, Tensor]]:
+    """Exact products, plane by plane: (weight, int32 or float tensor of exact integers)."""
+    planes_a, planes_b = planes(a), planes(b)
+    on_cpu = a.qdata.device.type == "cpu"
+    if planes_a is None or planes_b is None or not on_cpu:
+        return [(1, _in_float64(which, a, b, geometry))]
+    limit_a = min(a.format.max_integer, PLANE_LIMIT) if len(planes_a) > 1 else a.format.max_integer
+    limit_b = min(b.format.max_integer, PLANE_LIMIT) if len(planes_b) > 1 else b.format.max_integer
+    k = geometry.reduction(which)
+    bound = k * limit_a * limit_b
+    # Processors without VNNI add pairs of (unsigned) 255 times the smaller operand in 16 bits: 255 * 64 * 2 < 2^15.
+    narrow = min(limit_a, limit_b) <= PLANE_LIMIT and bound < _EXACT_INT32
+    results = []
+    for weight_b, plane_b in planes_b:
+        for weight_a, plane_a in planes_a:
+            if isinstance(geometry, Linear) and narrow:
+                left, right = geometry.matrices(which, plane_a, plane_b)
+                part = torch._int_mm(left.contiguous(), right)
+            elif bound < _EXACT_FLOAT32:
+                part = _apply_float32(which, plane_a.float(), plane_b.float(), geometry)
+            elif which == "wgrad" and k // plane_a.shape[0] * limit_a * limit_b < _EXACT_FLOAT32:
+                part = _by_rows(plane_a, plane_b, geometry, _EXACT_FLOAT32 // (bound // plane_a.shape[0] + 1))
+            else:
+                return [(1, _in_float64(which, a, b, geometry))]
+            results.append((weight_a * weight_b, part))
+    return results
+
+
+def _apply_float32(which: Gemm, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+    # NNPACK transforms tiles (Winograd), which is not exact; every other CPU path only multiplies and adds.
+    with torch.backends.nnpack.flags(enabled=False):
+        return geometry.apply(which, a, b)
+
+
+def _by_rows(a: Tensor, b: Tensor, geometry: Geometry, rows: int) -> Tensor:
+    """wgrad a few rows or images at a time, so that each float32 sum is exact; their sum is taken in float64."""
+    total: Tensor | None = None
+    for start in range(0, a.shape[0], rows):
+        part_a, part_b = a[start : start + rows].float(), b[start : start + rows].float()
+        part = _apply_float32("wgrad", part_a, part_b, geometry).double()
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _in_float64(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
+    wide_a, wide_b = decode(a, torch.float64), decode(b, torch.float64)
+    if _bound(which, a, b, geometry) < _EXACT_FLOAT64:
+        return geometry.apply(which, wide_a, wide_b)
+    raise OverflowError(
+        f"{which} sums {geometry.reduction(which)} products of {a.format.name} and {b.format.name}, which can exceed "
+        "2^53 and would not be exact. Split the batch, or use a narrower format."
+    )
+
+
+def _rounded(products: list[tuple[int, Tensor]], bound: int) -> Tensor:
+    """The weighted sum of exact parts, rounded once to float32. Overwrites the parts."""
+    weight, total = products[0]
+    if len(products) == 1:
+        return total.float() if weight == 1 else total.double().mul_(weight).float()
+    if total.dtype == torch.int32 and bound < _EXACT_INT32:
+        for other_weight, part in products[1:]:
+            total.add_(part, alpha=other_weight)
+        return total.float()
+    if total.dtype == torch.float32 and len(products) == 2:
+        # The second weight is a power of two, so its multiple is exact and the addition rounds once.
+        return total.add_(products[1][1], alpha=products[1][0])
+    wide = total.double()
+    for other_weight, part in products[1:]:
+        wide.add_(part.double(), alpha=other_weight)
+    return wide.float()
+
+
+def _centered(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
+    """Sum of (a - z_a)(b - z_b) in float64, from exact integer sums.
+
+    The product is bilinear, so with S the product of the integers, A and B the sums of either operand over the other's
+    ones, and n the number of products, it is S - z_b A - z_a B + z_a z_b n. Padding contributes to none of them.
+    """
+    total = accumulators(which, a, b, geometry)
+    if b.zero_point is not None:
+        total = total - b.zero_point * geometry.sum_over(which, 0, decode(a, torch.float64))
+    if a.zero_point is not None:
+        total = total - a.zero_point * geometry.sum_over(which, 1, decode(b, torch.float64))
+    if a.zero_point is not None and b.zero_point is not None:
+        ones = torch.ones(a.shape, dtype=torch.float64, device=a.qdata.device)
+        total = total + (a.zero_point * b.zero_point) * geometry.sum_over(which, 0, ones)
+    return total

@@ -1,0 +1,94 @@
+"""A run on disk: written so that a kill at any moment leaves a whole checkpoint, read so that no other run is mixed in.
+
+A checkpoint is written beside the previous one and takes its place in one step, when it is complete and on the disk.
+It is read without executing anything from it (``weights_only``), checked byte by byte against its own checksums, and
+refused where it belongs to another run.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+
+from ..errors import HalfbyteError
+
+__all__ = ["CheckpointError", "load", "path_in", "save"]
+
+_FORMAT = "halfbyte checkpoint 1"
+
+
+class CheckpointError(HalfbyteError, ValueError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+def path_in(folder: Path) -> Path:
+    """Where the checkpoint of a run lies."""
+    return folder / "last.ckpt"
+
+
+def save(fabric: Fabric, folder: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint; the previous one stays until the new one is complete.
+
+    Args:
+        fabric: what saves.
+        folder: of the run; created where it is missing.
+        identity: what makes this run this run, plain values only.
+        state: plain values, tensors, and objects with a ``state_dict``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = path_in(folder)
+    partial = path.with_name(f"{path.name}.partial")
+    fabric.save(partial, {"format": _FORMAT, "identity": dict(identity), **state})
+    # Fabric's own save may copy across disks, which a kill can cut in half; a rename inside one folder cannot be cut.
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load(fabric: Fabric, folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the checkpoint of a run.
+
+    Args:
+        fabric: what loads.
+        folder: of the run.
+        identity: what the run to be resumed must be, as it was given to `save`.
+
+    Returns:
+        The ``state`` that was saved, objects as their state dicts.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged, foreign, or of another run.
+    """
+    path = path_in(folder)
+    cure = f"To start over, delete {folder} or choose another folder with --out."
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint to resume in {folder} (no {path.name}). {cure}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"bad checksum in {broken}")
+        content = fabric.load(path, weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}). {cure}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is a PyTorch file, but not a {_FORMAT!r}. {cure}")
+    saved = content["identity"]
+    different = [key for key in identity if saved.get(key) != identity[key]]
+    if different:
+        pairs = "; ".join(f"{key}: asked {_short(identity[key])}, there {_short(saved.get(key))}" for key in different)
+        raise CheckpointError(f"{path} belongs to another run ({pairs}). Resume it with its own arguments. {cure}")
+    return {key: value for key, value in content.items() if key not in ("format", "identity")}
+
+
+def _short(value: object) -> str:
+    """A value for an error message: long texts would bury the cure."""
+    text = repr(value)
+    return text if len(text) <= 120 else "another definition"

@@ -1,0 +1,287 @@
+"""Several recipes, several seeds, one table: is the difference larger than the luck of the seed?
+
+For each recipe the mean over seeds, the sample standard deviation, and the gap to the baseline (``fp32`` where it takes
+part, else the first recipe). Two recipes with the same seed share initial weights and order of data, so from three
+seeds on the difference is also taken seed by seed, with Student's 95 % interval around its mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import HalfbyteError
+from . import checkpoint, record
+from .record import Record, RecordError
+from .run import RECORD_NAME, DivergedError, Progress, Run
+from .trainer import train
+
+__all__ = ["Comparison", "Failure", "Paired", "Summary", "compare", "summarize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """The difference to the baseline, seed by seed: its mean and Student's 95 % interval, in the metric's unit."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One recipe over its seeds. A recipe of which every run diverged has None for every number.
+
+    Attributes:
+        mean: of the metric.
+        std: sample standard deviation; 0.0 for a single seed.
+        gap: the recipe's mean minus the baseline's.
+        paired: the difference by seeds; None below three shared seeds, and for the baseline itself.
+        time_ratio: seconds of a run over the baseline's; None where they ran on different machines.
+        saved_bytes_ratio: bytes kept for backward over the baseline's.
+    """
+
+    mean: float | None = None
+    std: float | None = None
+    gap: float | None = None
+    paired: Paired | None = None
+    time_ratio: float | None = None
+    saved_bytes_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A run that diverged."""
+
+    recipe: str
+    seed: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The finished runs and what they say together.
+
+    Attributes:
+        task: name of the task.
+        metric: what is compared.
+        unit: unit of the metric.
+        baseline: the recipe to which gaps are measured.
+        records: one a finished run.
+        failures: the runs that diverged.
+        summary: one entry a recipe, in the order asked.
+    """
+
+    task: str
+    metric: str
+    unit: str
+    baseline: str
+    records: tuple[Record, ...]
+    failures: tuple[Failure, ...]
+    summary: dict[str, Summary]
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain values: ``task``, ``metric``, ``runs`` and ``summary``."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "runs": [{"recipe": r.recipe, "seed": r.seed, "value": r.value} for r in self.records],
+            "summary": {name: _summary_json(entry) for name, entry in self.summary.items()},
+        }
+
+    def write(self, path: Path) -> None:
+        """Writes `to_json` to a file; its folder is created where it is missing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def compare(
+    task: str,
+    recipes: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    size: str = "cpu",
+    model: str | None = None,
+    out_dir: Path | None = None,
+    accelerator: str = "cpu",
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Runs every recipe with every seed.
+
+    A run whose record is already in ``out_dir`` and was made by the same code, torch, machine and settings is not
+    repeated; an interrupted one goes on. A record or checkpoint of anything else is replaced, and ``note`` told.
+
+    Args:
+        task: a name in `halfbyte.lab.tasks.TASKS`.
+        recipes: names in `halfbyte.RECIPES`, each once.
+        seeds: seeds, each once.
+        size: a preset of the task.
+        model: a network of the task; None for its default.
+        out_dir: each run gets a folder below it; None keeps nothing on the disk.
+        accelerator: Lightning Fabric's name of the device.
+        progress: called after every batch of every run.
+        note: called with a sentence where a run is not simply trained from its start.
+
+    Returns:
+        The comparison. A run that diverged is listed in its ``failures`` and counts in no mean.
+
+    Raises:
+        UnknownNameError: if there is no such task, recipe, size or network; nothing has run by then.
+        HalfbyteError: if recipes or seeds are missing or named twice.
+        Interrupted: on Ctrl-C or SIGTERM; the same call goes on from there.
+    """
+    for what, given in (("recipe", recipes), ("seed", seeds)):
+        if not given or len(set(given)) != len(given):
+            raise HalfbyteError(f"A comparison needs at least one {what} and each only once; got {list(given)}.")
+    runs = [
+        Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "") for seed in seeds for recipe in recipes
+    ]
+    records, failures = [], []
+    for run in runs:
+        folder = None if out_dir is None else out_dir / run.name
+        try:
+            records.append(_finish(run, folder, accelerator, progress, note or (lambda _: None)))
+        except DivergedError as error:
+            failures.append(Failure(recipe=run.recipe, seed=run.seed, message=str(error)))
+    return summarize(task, recipes, records, failures)
+
+
+def _finish(
+    run: Run, folder: Path | None, accelerator: str, progress: Progress | None, note: Callable[[str], None]
+) -> Record:
+    """The record of a run: read, resumed or trained."""
+
+    def go(out_dir: Path | None = None, resume: Path | None = None) -> Record:
+        return train(
+            run.task,
+            run.recipe,
+            run.seed,
+            size=run.size,
+            model=run.model,
+            out_dir=out_dir,
+            resume=resume,
+            accelerator=accelerator,
+            progress=progress,
+            other_code="refuse",
+        )
+
+    if folder is None:
+        return go()
+    if (folder / RECORD_NAME).exists():
+        try:
+            done = record.read(folder / RECORD_NAME)
+        except RecordError as error:
+            note(f"{run.name} runs again: {error}")
+        else:
+            if _is_reusable(done, run, accelerator):
+                note(f"{run.name} is done already; its record is used.")
+                return done
+            note(f"{run.name} runs again: its record is of other code, settings, versions or another machine.")
+    elif checkpoint.path_in(folder).exists():
+        try:
+            result = go(resume=folder)
+        except checkpoint.CheckpointError as error:
+            note(f"{run.name} starts over: {error}")
+        else:
+            note(f"{run.name} went on from its checkpoint.")
+            return result
+    for stale in (folder / RECORD_NAME, checkpoint.path_in(folder)):
+        stale.unlink(missing_ok=True)
+    return go(out_dir=folder)
+
+
+def _is_reusable(done: Record, run: Run, accelerator: str) -> bool:
+    """Whether running again would give the same bits."""
+    identity = run.identity
+    return (
+        all(getattr(done, key) == identity[key] for key in identity)
+        and done.sources_sha256 == [record.source_sha256()]
+        and done.versions == record.versions()
+        and done.machine == record.machine(accelerator)
+    )
+
+
+def summarize(
+    task: str, recipes: Iterable[str], records: Sequence[Record], failures: Sequence[Failure] = ()
+) -> Comparison:
+    """The means, deviations and gaps of finished runs.
+
+    Args:
+        task: name of the task.
+        recipes: names, in the order of the table.
+        records: the finished runs, of one task, size and model.
+        failures: the runs that diverged.
+
+    Raises:
+        HalfbyteError: if no run finished.
+    """
+    names = list(recipes)
+    if not records:
+        raise HalfbyteError(f"Every run diverged, so there is nothing to compare. The first: {failures[0].message}")
+    baseline = "fp32" if "fp32" in names else names[0]
+    of = {name: [r for r in records if r.recipe == name] for name in names}
+    return Comparison(
+        task=task,
+        metric=records[0].metric,
+        unit=records[0].unit,
+        baseline=baseline,
+        records=tuple(records),
+        failures=tuple(failures),
+        summary={name: _summary(of[name], of[baseline]) for name in names},
+    )
+
+
+def _summary(own: Sequence[Record], base: Sequence[Record]) -> Summary:
+    """One recipe against the baseline."""
+    if not own:
+        return Summary()
+    values = [r.value for r in own]
+    mean = statistics.fmean(values)
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    if not base:
+        return Summary(mean=mean, std=std)
+    same_machine = all(r.machine == base[0].machine for r in (*own, *base))
+    return Summary(
+        mean=mean,
+        std=std,
+        gap=mean - statistics.fmean(r.value for r in base),
+        paired=None if own[0].recipe == base[0].recipe else _paired(own, base),
+        time_ratio=_ratio([r.seconds for r in own], [r.seconds for r in base]) if same_machine else None,
+        saved_bytes_ratio=_ratio([r.saved_bytes for r in own], [r.saved_bytes for r in base]),
+    )
+
+
+def _ratio(own: Sequence[float], base: Sequence[float]) -> float:
+    """Mean over mean."""
+    return statistics.fmean(own) / statistics.fmean(base)
+
+
+def _paired(own: Sequence[Record], base: Sequence[Record]) -> Paired | None:
+    """Student's 95 % interval of the mean difference over shared seeds; None below three."""
+    by_seed = {r.seed: r.value for r in base}
+    differences = [r.value - by_seed[r.seed] for r in own if r.seed in by_seed]
+    count = len(differences)
+    if count < 3:
+        return None
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # comes with scikit-learn; slow to import
+
+    mean = statistics.fmean(differences)
+    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(count)
+    return Paired(mean=mean, low=mean - half, high=mean + half)
+
+
+def _summary_json(entry: Summary) -> dict[str, Any]:
+    """The three promised numbers, and the others where there are any."""
+    promised = {"mean": entry.mean, "std": entry.std, "gap": entry.gap}
+    paired = None if entry.paired is None else dataclasses.asdict(entry.paired)
+    others = {"paired": paired, "time_ratio": entry.time_ratio, "saved_bytes_ratio": entry.saved_bytes_ratio}
+    return promised | {key: value for key, value in others.items() if value is not None}

@@ -1,0 +1,1 @@
+"""Data as tensors in memory, and the order in which a run sees them."""

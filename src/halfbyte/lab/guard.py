@@ -1,0 +1,59 @@
+"""What surrounds a run: a known state of torch's generators, and signals that wait for a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+
+__all__ = ["reproducible", "signals"]
+
+
+@contextlib.contextmanager
+def reproducible(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch and asks for deterministic kernels; afterwards the caller's generators and choice are back."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def signals(*, heard: bool) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second one has its usual effect.
+
+    Args:
+        heard: whether to collect at all; a run that keeps nothing has nothing to save.
+
+    Yields:
+        The list of signals received so far.
+    """
+    received: list[int] = []
+    if not heard or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+        received.append(number)
+        restore()
+
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()

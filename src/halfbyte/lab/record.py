@@ -1,0 +1,220 @@
+"""The written result of one run: what was asked, what came out, and what is needed to do it again.
+
+A record is one JSON file. It holds the numbers (``value`` and the curves), the question (task, recipe, seed, size,
+model, settings, the recipe's full text) and the circumstances (commit, versions, processor). It holds no host name, no
+user name and no path. A number that is not finite cannot be written: a run that diverged leaves no record that looks
+like a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..errors import HalfbyteError
+
+__all__ = ["SCHEMA", "Record", "RecordError", "commit", "machine", "read", "source_sha256", "versions", "write"]
+
+SCHEMA = 1
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class RecordError(HalfbyteError, ValueError):
+    """A file that is no record, a damaged one, or a record that must not be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One finished run.
+
+    Attributes:
+        task: name of the task.
+        recipe: name of the recipe.
+        seed: seed of the initial weights and of the order of the data.
+        size: name of the preset.
+        model: name of the network.
+        metric: what ``value`` measures.
+        value: the metric on the test data after the last epoch. No epoch is chosen by its result.
+        higher_is_better: which way the metric points.
+        unit: unit of ``value``, for example ``"%"``.
+        settings: epochs, batch size, optimizer and learning rate.
+        recipe_text: the recipe in full, so that a later change of its definition shows.
+        command: the command that makes this record, argument by argument.
+        curves: one list a quantity, one entry an epoch.
+        seconds: wall-clock time of training and evaluation, pauses between resumed parts excluded.
+        samples_per_s: training examples in a second of training.
+        saved_bytes: what the network kept between forward and backward at the first batch, its parameters excluded.
+        layers: the table of the converted model, line by line.
+        nonfinite: how many tensors with NaN or infinity each quantizer met; empty where there were none.
+        commit: git revision and whether the package differed from it; both None outside a checkout.
+        sources_sha256: fingerprints of the code that ran: one, or more where a run was resumed by other code.
+        versions: of halfbyte, torch and Python.
+        machine: accelerator, processor, cores, threads and platform.
+    """
+
+    task: str
+    recipe: str
+    seed: int
+    size: str
+    model: str
+    metric: str
+    value: float
+    higher_is_better: bool
+    unit: str
+    settings: dict[str, Any]
+    recipe_text: str
+    command: list[str]
+    curves: dict[str, list[float]]
+    seconds: float
+    samples_per_s: float
+    saved_bytes: int
+    layers: list[str]
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    commit: dict[str, Any]
+    sources_sha256: list[str]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for part in dataclasses.fields(self):
+            expected, value = _TYPES[str(part.type).partition("[")[0]], getattr(self, part.name)
+            # True is an int to Python, but a seed or a value of `true` is a damaged file.
+            if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+                raise RecordError(f"A record's {part.name!r} must be {part.type}, but is {value!r}.")
+
+
+_TYPES = MappingProxyType({"str": str, "int": int, "bool": bool, "float": (int, float), "dict": dict, "list": list})
+
+
+def write(record: Record, path: Path) -> None:
+    """Writes a record, or nothing: the file appears complete or not at all.
+
+    Args:
+        record: what to write.
+        path: the file; its folder is created where it is missing.
+
+    Raises:
+        RecordError: if the record holds a NaN or an infinity.
+    """
+    try:
+        text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise RecordError(
+            f"The run {record.recipe!r} of {record.task!r} (seed {record.seed}) holds a NaN or an infinity. "
+            f"Such a run has no result and is not written; look at its loss curve."
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(f"{text}\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> Record:
+    """Reads a record and checks it.
+
+    Args:
+        path: a file that `write` made.
+
+    Raises:
+        RecordError: if the file is missing, damaged, of another schema, or no record at all.
+    """
+    cure = "A run that finishes writes one, as record.json in its folder."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"No record can be read at {path}: {error.strerror}. {cure}") from error
+    except ValueError as error:
+        raise RecordError(f"{path} is damaged or no record: {error}. Delete it and run again.") from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise RecordError(f"{path} is JSON, but no record: it has no 'schema'. {cure}")
+    schema = content.pop("schema")
+    if schema != SCHEMA:
+        raise RecordError(f"{path} has schema {schema!r}; this version of halfbyte reads schema {SCHEMA}.")
+    known = {part.name for part in dataclasses.fields(Record)}
+    missing, foreign = sorted(known - content.keys()), sorted(content.keys() - known)
+    if missing or foreign:
+        raise RecordError(
+            f"{path} is no complete record: missing {missing or 'nothing'}, foreign {foreign or 'nothing'}."
+        )
+    try:
+        return Record(**content)
+    except RecordError as error:
+        raise RecordError(f"{path} is damaged: {error} Delete it and run again.") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of halfbyte, torch and Python."""
+    try:
+        own = importlib.metadata.version("halfbyte")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed"
+    return {"halfbyte": own, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def machine(accelerator: str = "cpu") -> dict[str, Any]:
+    """The processor, its cores, the threads that torch uses, the platform, and which accelerator was asked for."""
+    return {
+        "accelerator": accelerator,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_model() -> str:
+    """The processor's own name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def commit() -> dict[str, Any]:
+    """The git revision of the package's own checkout.
+
+    Returns:
+        ``{"revision": str, "dirty": bool}``, or None for both where the package is not part of a checkout. A package
+        installed below somebody else's repository is not part of it: git must track this very file.
+    """
+    if _git("ls-files", "--error-unmatch", Path(__file__).name, folder=Path(__file__).parent) is None:
+        return {"revision": None, "dirty": None}
+    changes = _git("status", "--porcelain", "--", ".", folder=_PACKAGE)
+    return {"revision": _git("rev-parse", "HEAD", folder=_PACKAGE), "dirty": bool(changes)}
+
+
+def _git(*arguments: str, folder: Path) -> str | None:
+    """What git prints, or None where there is no git or it refuses."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def source_sha256() -> str:
+    """Fingerprint of the package's own source files, 16 hexadecimal digits.
+
+    Two runs with the same fingerprint ran the same code, committed or not.
+    """
+    digest = hashlib.sha256()
+    kinds = {".py", ".cpp", ".h", ".cu"}
+    for path in sorted(p for p in _PACKAGE.rglob("*") if p.suffix in kinds):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,107 @@
+"""Which run: its names, checked at birth, what it says while it goes on, and how it can end early."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import recipes
+from ..errors import HalfbyteError
+from . import tasks
+
+__all__ = ["RECORD_NAME", "DivergedError", "Interrupted", "Progress", "Run", "Step"]
+
+RECORD_NAME = "record.json"  # In the folder of a finished run.
+
+
+class DivergedError(HalfbyteError, RuntimeError):
+    """The loss became NaN or infinite. The run has no result and writes no record."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after the checkpoint is on the disk.
+
+    It is no `HalfbyteError`, because nothing went wrong, and no ``except Exception`` should swallow it.
+
+    Attributes:
+        command: the command that goes on from here.
+        signal_number: which signal it was.
+    """
+
+    def __init__(self, command: str, signal_number: int) -> None:
+        self.command = command
+        self.signal_number = signal_number
+        super().__init__(f"Interrupted; a checkpoint is saved. Go on with: {command}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Which run: every name is checked at birth.
+
+    Attributes:
+        task: name of the task.
+        recipe: name of the recipe.
+        seed: of the initial weights and of the order of the data.
+        size: name of the preset.
+        model: name of the network; empty for the task's default.
+    """
+
+    task: str
+    recipe: str
+    seed: int
+    size: str = "cpu"
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        task = tasks.get(self.task)
+        task.settings(self.size)
+        recipes.get(self.recipe)
+        object.__setattr__(self, "model", task.model_named(self.model or None))
+        if self.seed < 0:
+            raise HalfbyteError(f"seed={self.seed} was asked for; a seed is 0 or more.")
+
+    @property
+    def name(self) -> str:
+        """A name for its folder, for example ``digits-cnn-cpu-ibm2020-seed0``."""
+        return f"{self.task}-{self.model}-{self.size}-{self.recipe}-seed{self.seed}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be this run's: names, settings and the recipe's whole text."""
+        settings = dataclasses.asdict(tasks.get(self.task).settings(self.size))
+        return {**dataclasses.asdict(self), "settings": settings, "recipe_text": str(recipes.get(self.recipe))}
+
+    def command(self, *extra: str) -> list[str]:
+        """The command line that makes this run, argument by argument."""
+        words = ["halfbyte", "train", self.task, "--recipe", self.recipe, "--seed", str(self.seed)]
+        return [*words, "--size", self.size, "--model", self.model, *extra]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a run tells whoever watches it, once a batch.
+
+    Attributes:
+        run: which run.
+        done: batches done since the start of the run, those before a resume included.
+        total: batches in the whole run.
+        epoch: number of the current pass, from 1.
+        epochs: passes in the whole run.
+        loss: mean training loss of this epoch so far.
+        score: the task's metric on this epoch's training data so far.
+        samples_per_s: training examples in a second, over the whole run.
+    """
+
+    run: Run
+    done: int
+    total: int
+    epoch: int
+    epochs: int
+    loss: float
+    score: float
+    samples_per_s: float
+
+
+Progress = Callable[[Step], None]

@@ -1,0 +1,212 @@
+"""`QTensor`: a tensor of codes, packed two to a byte, with the scale that turns codes back into numbers.
+
+    x_hat = scale * (value_of(code) - zero_point)
+
+always, with ``value_of`` the format's table. The layout (planar in blocks of 128 codes) is in `pack`; it is what both
+a compiler and a hand-written kernel can vectorize, and `QTensor.codes` hides it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .formats import Format
+
+__all__ = ["BITS_BLOCK", "BLOCK", "QTensor", "pack", "pack_bits", "packed_size", "unpack", "unpack_bits"]
+
+BLOCK = 128
+"""Codes in one block of the packed layout; a full block of 4-bit codes fills 64 bytes."""
+
+BITS_BLOCK = 512
+"""Bits in one block of the layout of `pack_bits`; a full block fills 64 bytes."""
+
+
+def packed_size(numel: int, bits: int) -> int:
+    """Bytes that `numel` codes of that many bits fill: two to a byte up to four bits, else one each."""
+    return (numel + 1) // 2 if bits <= 4 else numel
+
+
+def pack(codes: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """Codes to bytes. Codes of more than four bits stay one to a byte.
+
+    The layout of codes of up to four bits is planar: of each block of 128 codes, byte j holds code j in its low and
+    code 64 + j in its high half. A last block of r < 128 codes does the same around its own middle, h = (r + 1) // 2:
+    byte j holds code j and code h + j. So n codes fill exactly (n + 1) // 2 bytes.
+
+    Args:
+        codes: uint8 of shape (n,), contiguous. Bits above the code's own are ignored.
+        bits: width of a code.
+        out: where to write, uint8 of shape (packed_size(n, bits),); a new tensor if None.
+
+    Returns:
+        uint8 of shape (packed_size(n, bits),).
+    """
+    n = codes.numel()
+    if out is None:
+        out = torch.empty(packed_size(n, bits), dtype=torch.uint8, device=codes.device)
+    if bits > 4:
+        return out.copy_(codes)
+    whole = n // BLOCK * BLOCK
+    if whole:
+        planes = codes[:whole].view(-1, 2, BLOCK // 2)
+        _merge(planes[:, 0], planes[:, 1], out[: whole // 2].view(-1, BLOCK // 2))
+    if n > whole:
+        half = (n - whole + 1) // 2
+        low, high = codes[whole : whole + half], codes[whole + half :]
+        if high.numel() < half:
+            high = torch.cat([high, high.new_zeros(1)])
+        _merge(low, high, out[whole // 2 :])
+    return out
+
+
+def _merge(low: Tensor, high: Tensor, out: Tensor) -> None:
+    torch.bitwise_and(low, 15, out=out)
+    out.bitwise_or_(high << 4)
+
+
+def unpack(qdata: Tensor, numel: int, bits: int, out: Tensor | None = None) -> Tensor:
+    """Bytes back to codes: the inverse of `pack`.
+
+    Args:
+        qdata: uint8 of shape (packed_size(numel, bits),).
+        numel: how many codes.
+        bits: width of a code.
+        out: where to write, uint8 of shape (numel,); a new tensor if None.
+
+    Returns:
+        uint8 of shape (numel,), each code in its low bits.
+    """
+    if bits > 4:
+        return qdata if out is None else out.copy_(qdata)
+    if out is None:
+        out = torch.empty(numel, dtype=torch.uint8, device=qdata.device)
+    whole = numel // BLOCK * BLOCK
+    if whole:
+        packed = qdata[: whole // 2].view(-1, BLOCK // 2)
+        planes = out[:whole].view(-1, 2, BLOCK // 2)
+        torch.bitwise_and(packed, 15, out=planes[:, 0])
+        torch.bitwise_right_shift(packed, 4, out=planes[:, 1])
+    if numel > whole:
+        tail = qdata[whole // 2 :]
+        half = tail.numel()
+        torch.bitwise_and(tail, 15, out=out[whole : whole + half])
+        out[whole + half :] = (tail >> 4)[: numel - whole - half]
+    return out
+
+
+def pack_bits(mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """Booleans to bits, planar in blocks of 512: bit k of byte j of a block is element ``64 * k + j``.
+
+    A last block of r < 512 elements does the same with (r + 7) // 8 bytes in the place of 64.
+
+    Args:
+        mask: bool of shape (n,), contiguous.
+        out: where to write, uint8 of shape ((n + 7) // 8,); a new tensor if None.
+
+    Returns:
+        uint8 of shape ((n + 7) // 8,).
+    """
+    flat = mask.view(torch.uint8)
+    n = flat.numel()
+    if out is None:
+        out = torch.empty((n + 7) // 8, dtype=torch.uint8, device=mask.device)
+    whole = n // BITS_BLOCK * BITS_BLOCK
+    if whole:
+        _merge_bits(flat[:whole].view(-1, 8, BITS_BLOCK // 8), out[: whole // 8].view(-1, BITS_BLOCK // 8))
+    if n > whole:
+        size = (n - whole + 7) // 8
+        padded = flat.new_zeros(8 * size)
+        padded[: n - whole] = flat[whole:]
+        _merge_bits(padded.view(1, 8, size), out[whole // 8 :].view(1, size))
+    return out
+
+
+def _merge_bits(planes: Tensor, out: Tensor) -> None:
+    out.copy_(planes[:, 0])
+    for k in range(1, 8):
+        out.add_(planes[:, k], alpha=1 << k)
+
+
+def unpack_bits(bits: Tensor, numel: int) -> Tensor:
+    """Bits back to booleans of shape (numel,): the inverse of `pack_bits`."""
+    out = torch.empty(bits.numel() * 8, dtype=torch.uint8, device=bits.device)
+    whole = numel // BITS_BLOCK * BITS_BLOCK
+    if whole:
+        _split_bits(bits[: whole // 8].view(-1, BITS_BLOCK // 8), out[:whole].view(-1, 8, BITS_BLOCK // 8))
+    if numel > whole:
+        size = bits.numel() - whole // 8
+        _split_bits(bits[whole // 8 :].view(1, size), out[whole:].view(1, 8, size))
+    return out[:numel].view(torch.bool)
+
+
+def _split_bits(packed: Tensor, planes: Tensor) -> None:
+    for k in range(8):
+        torch.bitwise_right_shift(packed, k, out=planes[:, k])
+    planes.bitwise_and_(1)
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A quantized tensor. It holds nothing but codes and what is needed to read them.
+
+    Invariants: `qdata` is uint8 of shape (packed_size(numel, format.bits),) in the layout of `pack`, in the row-major
+    order of `shape`; `scale` is float32 of shape (); `zero_point` is None (zero) or float64 of shape (), in units of
+    the format's integers, and need not be whole. A `scale` of NaN marks a tensor that held NaN or an infinity: all of
+    it dequantizes to NaN, so nothing plausible comes out.
+
+    Attributes:
+        qdata: packed codes.
+        scale: the step between neighboring integers of the format, times its unit.
+        format: which numbers the codes stand for.
+        shape: logical shape.
+        zero_point: the code value that stands for 0.0; None for exactly 0.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    format: Format
+    shape: torch.Size
+    zero_point: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many codes there are."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes, the scale and the zero point."""
+        extra = 0 if self.zero_point is None else self.zero_point.nbytes
+        return self.qdata.nbytes + self.scale.nbytes + extra
+
+    def codes(self) -> Tensor:
+        """The codes, uint8 in the logical shape: 0...15 for a 4-bit format."""
+        codes = unpack(self.qdata, self.numel, self.format.bits)
+        return (codes.clone() if codes is self.qdata else codes).view(self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers that the codes stand for, in the logical shape.
+
+        Computed in float64 and rounded once to `dtype`.
+        """
+        table = torch.tensor(self.format.values, dtype=torch.float64, device=self.qdata.device)
+        values = table[self.codes().int()]
+        if self.zero_point is not None:
+            values = values - self.zero_point
+        return (values * self.scale.double()).to(dtype)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same tensor on another device."""
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return QTensor(self.qdata.to(device), self.scale.to(device), self.format, self.shape, zero_point)
+
+    def __repr__(self) -> str:
+        zero_point = "" if self.zero_point is None else f", zero_point={self.zero_point.item():.6g}"
+        return (
+            f"QTensor(shape={tuple(self.shape)}, format={self.format.name}, scale={self.scale.item():.6g}"
+            f"{zero_point}, {self.nbytes} bytes)"
+        )

@@ -1,0 +1,73 @@
+"""A gradient is quantized once for each of its two uses: `GradQuantizer` returns the pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, Phase
+from ..qtensor import QTensor
+from .contract import NonFiniteCounter
+from .grid import Grid, power_of_two
+from .layer_scale import GradScaleState
+
+__all__ = ["GradQuantizer", "scale_limit"]
+
+
+def scale_limit(specs: Sequence[Grid | None]) -> float:
+    """MAX of the vote: the largest scaled gradient that every format in use can hold.
+
+    Both phases of radix 4 share one scale and with it the even phase's 64: the odd phase's 32 is the nearest level to
+    anything up to 80.
+    """
+    return min(
+        spec.format.max * (math.isqrt(spec.format.radix) if spec.format.phase is Phase.ODD else 1)
+        for spec in specs
+        if spec is not None
+    )
+
+
+class GradQuantizer(NonFiniteCounter):
+    """Turns grad_output into what dgrad and what wgrad multiply, under one scale.
+
+    Attributes:
+        dgrad: spec of ``dgrad.grad_output``; None leaves it in floating point.
+        wgrad: spec of ``wgrad.grad_output``; None leaves it in floating point.
+        grad_scale: the scale's state, perhaps shared with other layers.
+    """
+
+    def __init__(
+        self,
+        dgrad: Grid | None,
+        wgrad: Grid | None,
+        grad_scale: GradScaleState,
+        *,
+        device: torch.device | None = None,
+        backend: str = "reference",
+    ) -> None:
+        assert dgrad or wgrad, "a gradient quantizer with nothing to quantize"
+        super().__init__(device=device, backend=backend)
+        self.dgrad = dgrad
+        self.wgrad = wgrad
+        self.grad_scale = grad_scale
+
+    def quantize_pair(self, grad: Tensor) -> tuple[QTensor | Tensor, QTensor | Tensor]:
+        """(for_dgrad, for_wgrad), each codes or, where its spec is None, the gradient itself.
+
+        Called in the backward pass; observes the largest magnitude for the vote.
+        """
+        low, high = self.kernels.value_range(grad)
+        log2_scale = self.grad_scale.exponent(torch.maximum(low.abs(), high.abs()), scale_limit([self.dgrad, self.wgrad]))
+        scale = self.poison(power_of_two(-log2_scale), low, high, observe=True)
+        wanted: list[Format] = list(dict.fromkeys(s.format for s in (self.dgrad, self.wgrad) if s is not None))
+        packed = self.kernels.encode_each(grad, wanted, inv_scale=power_of_two(log2_scale))
+        made = {fmt: QTensor(qdata, scale, fmt, grad.shape) for fmt, qdata in zip(wanted, packed, strict=True)}
+        for_dgrad = grad if self.dgrad is None else made[self.dgrad.format]
+        for_wgrad = grad if self.wgrad is None else made[self.wgrad.format]
+        return for_dgrad, for_wgrad
+
+    def extra_repr(self) -> str:
+        return f"dgrad: {self.dgrad}, wgrad: {self.wgrad}"

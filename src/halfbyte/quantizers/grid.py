@@ -1,0 +1,148 @@
+"""Fixed grids: a tensor is rounded to the nearest value of a format, with no statistics but perhaps its magnitude.
+
+`Radix4` is the gradient format of Sun et al. 2020, in the two phases of section 3.3; `TwoPhase` names the pair that a
+gradient's two uses get. `Nearest` is any other format: radix 2 (1-3-0), 1-2-1, FP8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..formats import Format, Phase, fp4_e3m0_r4, fp4_e3m0_r4_odd
+from ..qtensor import QTensor
+from .contract import Quantized, Quantizer, Spec, require, saturated
+
+__all__ = ["Grid", "Nearest", "Radix4", "TwoPhase", "largest_log2_scale", "power_of_two"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Spec):
+    """A spec that is nothing but a format: what a gradient slot takes, because its scale comes from elsewhere."""
+
+    @property
+    def format(self) -> Format:
+        """The format of the codes."""
+        return self.formats[0]
+
+    @property
+    def own_scale(self) -> Literal["one", "amax"]:
+        """The scale where nobody gives one: 1, or the power of two that brings the largest magnitude just inside."""
+        return "one"
+
+    def build(self, *, device: torch.device | None = None, backend: str = "reference") -> Quantizer:
+        return _GridQuantizer(self, device=device, backend=backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radix4(Grid):
+    """Radix-4 FP4 with the rounding of Fig. 2c: ``floor(log4(1.6 |x|))``. Its scale is 1 unless one is given.
+
+    Attributes:
+        phase: `Phase.EVEN` has the levels 4^-3 ... 4^3, `Phase.ODD` half of them.
+    """
+
+    phase: Phase = Phase.EVEN
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.phase, Phase), f"Radix4(phase={self.phase!r})", "Phase.EVEN or Phase.ODD is possible")
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return (fp4_e3m0_r4 if self.phase is Phase.EVEN else fp4_e3m0_r4_odd,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest(Grid):
+    """Any format with a sign, rounded to nearest by its own rule; as an operand by itself, scaled per tensor.
+
+    Attributes:
+        fmt: a `Format`, or its name.
+        scale: where nobody gives one: ``"amax"``, the power of two that brings the largest magnitude just inside the
+            format, or ``"one"``.
+    """
+
+    fmt: Format | str
+    scale: Literal["one", "amax"] = "amax"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fmt, str):
+            object.__setattr__(self, "fmt", formats.get(self.fmt))
+        require(self.format.kind in ("log", "float"), f"Nearest(fmt={self.format.name})",
+                "formats with a sign and an exponent are possible; integers go through MinMax, Sawb or Pact")
+        require(self.scale in ("one", "amax"), f"Nearest(scale={self.scale!r})", "'one' or 'amax' is possible")
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        assert isinstance(self.fmt, Format)
+        return (self.fmt,)
+
+    @property
+    def own_scale(self) -> Literal["one", "amax"]:
+        return self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoPhase:
+    """Two-phase rounding (Sun et al. 2020, section 3.3): a gradient's two GEMMs round it to interleaved levels.
+
+    Where one phase rounds up the other mostly rounds down, so errors cancel.
+
+    Attributes:
+        dgrad: the phase of the GEMM that gives grad_input; the other phase goes to grad_weight. The paper uses even
+            and reports that the swap does as well.
+    """
+
+    dgrad: Phase = Phase.EVEN
+
+    @property
+    def for_dgrad(self) -> Radix4:
+        """The spec of ``dgrad.grad_output``."""
+        return Radix4(phase=self.dgrad)
+
+    @property
+    def for_wgrad(self) -> Radix4:
+        """The spec of ``wgrad.grad_output``."""
+        return Radix4(phase=Phase.ODD if self.dgrad is Phase.EVEN else Phase.EVEN)
+
+
+class _GridQuantizer(Quantizer):
+    spec: Grid
+
+    def quantize(self, x: Tensor, *, observe: bool = False, differentiable: bool = False) -> Quantized:
+        low, high = self.kernels.value_range(x)
+        fmt = self.spec.format
+        if self.spec.own_scale == "one":
+            # The grid does not depend on the data, so infinities saturate as the format says.
+            low, high = torch.where(low.isinf(), 0.0, low), torch.where(high.isinf(), 0.0, high)
+            log2_scale = torch.zeros((), dtype=torch.int32, device=x.device)
+        else:
+            amax = torch.maximum(low.abs(), high.abs())
+            log2_scale = largest_log2_scale(amax, fmt.max).clamp(-126, 126)
+        scale = power_of_two(-log2_scale)
+        poisoned = self.poison(scale, low, high, observe=observe)
+        qdata = self.kernels.encode(x, fmt, inv_scale=scale.reciprocal())
+        return Quantized(QTensor(qdata, poisoned, fmt, x.shape))
+
+    def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
+        low, high = self.kernels.value_range(x)
+        kept = torch.where((low + high).isnan(), torch.nan, scale)
+        fmt = self.spec.format
+        return QTensor(self.kernels.encode(saturated(x), fmt, inv_scale=scale.reciprocal()), kept, fmt, x.shape)
+
+
+def largest_log2_scale(amax: Tensor, limit: float) -> Tensor:
+    """The largest whole k with ``amax * 2^k <= limit``; 0 where amax is zero or not finite. int32 of shape ()."""
+    mantissa, exponent = torch.frexp(amax.double())
+    limit_mantissa, limit_exponent = torch.frexp(torch.tensor(limit, dtype=torch.float64))
+    k = limit_exponent.to(exponent.device) - exponent - (mantissa > limit_mantissa.to(mantissa.device)).int()
+    return torch.where((amax > 0) & amax.isfinite(), k, 0)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2 to that power, -126 to 127, exactly, from its bits: a library's exp2 or pow may be one unit off."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)

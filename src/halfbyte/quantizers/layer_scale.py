@@ -1,0 +1,176 @@
+"""The scale of a layer's gradient: a power of two that follows the gradient's magnitude.
+
+`LayerGradScale` is the paper's GradScale (Sun et al. 2020, section 3.2, Fig. 3a): one number a layer, moved by at most
+one octave a step, by a vote on where the largest scaled gradient lies. `ExactGradScale` recomputes it at every
+backward pass; `LossScale` is the one dynamic scale for a whole network that mixed-precision training uses. The last two
+are there to be compared with.
+
+State moves at one place. A backward pass only observes the largest magnitude; the vote is taken once per optimizer step,
+when the next training forward finds that the weights have changed. Gradient accumulation therefore votes once, with the
+largest magnitude of all its backward passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .contract import require
+from .grid import largest_log2_scale, power_of_two
+
+__all__ = ["ExactGradScale", "GradScaleSpec", "GradScaleState", "LayerGradScale", "LossScale", "vote"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradScaleSpec:
+    """How a gradient's scale is found.
+
+    Attributes:
+        log2_min: the scale is never below 2 to this.
+        log2_max: the scale is never above 2 to this.
+    """
+
+    log2_min: int = -40
+    log2_max: int = 60
+
+    def __post_init__(self) -> None:
+        possible = "-126 <= log2_min <= log2_max <= 126 is possible"
+        asked = f"{type(self).__name__}(log2_min={self.log2_min}, log2_max={self.log2_max})"
+        require(-126 <= self.log2_min <= self.log2_max <= 126, asked, possible)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all layers of a model have one scale between them."""
+        return False
+
+    def build(self, *, device: torch.device | None = None) -> GradScaleState:
+        """Fresh state."""
+        return GradScaleState(self, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGradScale(GradScaleSpec):
+    """One scale a layer, moved by the vote of Fig. 3a. It starts where the first gradient wants it.
+
+    Attributes:
+        log2_first: the first exponent; None takes the largest that keeps the first gradient inside the format.
+    """
+
+    log2_first: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactGradScale(GradScaleSpec):
+    """One scale a layer, recomputed from every gradient: nothing is stale and nothing saturates."""
+
+    log2_min: int = -126
+    log2_max: int = 126
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossScale(GradScaleSpec):
+    """One scale for the whole network, as dynamic loss scaling has it.
+
+    It is halved after a step in which some layer's largest scaled gradient lay beyond its format, and doubled after
+    `growth_interval` steps without. Such a step is not skipped (a layer cannot skip the optimizer): it saturates.
+
+    Attributes:
+        log2_first: the first exponent.
+        growth_interval: clean steps before the scale is doubled.
+    """
+
+    log2_first: int = 16
+    growth_interval: int = 2000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.growth_interval > 0, f"LossScale(growth_interval={self.growth_interval})", "1 or more is possible")
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+
+def vote(amax: Tensor, limit: float) -> Tensor:
+    """One worker's vote on its layer's scale (Fig. 3a).
+
+    Args:
+        amax: the largest magnitude of the scaled gradient; floating, shape ().
+        limit: MAX, the largest value of the format: 64 for radix 4.
+
+    Returns:
+        int32 of shape (): +1 (scale up) in (0, MAX/2], 0 in (MAX/2, MAX], -1 beyond and for NaN. A gradient that is
+        all zero votes 0: the paper's interval, which includes zero, would drive the scale up for ever.
+    """
+    up = ((amax > 0) & (amax <= limit / 2)).int()
+    return torch.where(amax <= limit, up, -1)
+
+
+class GradScaleState(nn.Module):
+    """The state of one scale.
+
+    Attributes:
+        spec: what it was built from.
+        log2_scale: the exponent in force; int32 of shape ().
+        started: whether a gradient has set or confirmed the first exponent; bool of shape ().
+        observed: the largest ``amax / limit`` of the unscaled gradients since the last vote; -1 for none. float64.
+        clean_steps: steps without overflow (`LossScale`); int32 of shape ().
+    """
+
+    spec: GradScaleSpec
+    log2_scale: Tensor
+    started: Tensor
+    observed: Tensor
+    clean_steps: Tensor
+
+    def __init__(self, spec: GradScaleSpec, *, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        first = getattr(spec, "log2_first", None)
+        # 2^20 serves a layer whose first gradients are all zero.
+        log2_scale = torch.tensor(20 if first is None else first, dtype=torch.int32, device=device)
+        self.register_buffer("log2_scale", log2_scale)
+        self.register_buffer("started", torch.tensor(first is not None, device=device))
+        self.register_buffer("observed", torch.full((), -1.0, dtype=torch.float64, device=device))
+        self.register_buffer("clean_steps", torch.zeros((), dtype=torch.int32, device=device))
+
+    def exponent(self, amax: Tensor, limit: float) -> Tensor:
+        """The exponent to scale a gradient with, which it may set if it is the first; observes the gradient.
+
+        Args:
+            amax: largest magnitude of the unscaled gradient; floating, shape ().
+            limit: the largest value of the format it goes to.
+
+        Returns:
+            int32 of shape ().
+        """
+        wanted = largest_log2_scale(amax, limit).clamp(self.spec.log2_min, self.spec.log2_max).int()
+        if isinstance(self.spec, ExactGradScale):
+            self.log2_scale.copy_(wanted)
+            return wanted
+        usable = (amax > 0) & amax.isfinite()
+        self.log2_scale.copy_(torch.where(self.started | ~usable, self.log2_scale, wanted))
+        self.started |= usable
+        relative = torch.where(amax.isfinite(), amax.double() / limit, torch.inf)
+        self.observed.copy_(torch.maximum(self.observed, relative))
+        return self.log2_scale.clone()
+
+    def advance(self) -> None:
+        """Takes the vote on what has been observed. To be called once per optimizer step; without effect otherwise."""
+        seen = self.observed >= 0
+        amax = self.observed.clamp_min(0.0) * power_of_two(self.log2_scale)
+        if isinstance(self.spec, LossScale):
+            overflow = seen & ~(amax <= 1.0)
+            clean = torch.where(overflow, 0, self.clean_steps + seen.int())
+            grow = clean >= self.spec.growth_interval
+            self.clean_steps.copy_(torch.where(grow, 0, clean))
+            step = grow.int() - overflow.int()
+        else:
+            step = torch.where(seen, vote(amax, 1.0), 0)
+        self.log2_scale.add_(step).clamp_(self.spec.log2_min, self.spec.log2_max)
+        self.observed.fill_(-1.0)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.spec).__name__}, log2_scale={self.log2_scale.item() if self.started else 'not yet known'}"

@@ -1,0 +1,229 @@
+"""Uniform grids whose range comes from the data: min-max (affine) and SAWB (symmetric, from two moments).
+
+`MinMax` is the scheme of popular accounts of 4-bit training: the smallest number becomes -8, the largest 7, anew for
+every tensor. `Sawb` is what IBM uses for weights (Choi et al., SysML 2019): the clip that minimizes the mean squared
+error, as a linear function of the root mean square and the mean magnitude.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, int4, int8
+from ..qtensor import QTensor, pack_bits, unpack_bits
+from .contract import Quantized, Quantizer, Spec, require, saturated
+
+__all__ = ["MinMax", "Sawb"]
+
+SAWB_COEFFICIENTS: dict[int, tuple[float, float]] = {
+    # levels: (c1, c2) of clip = c1 * sqrt(E[w^2]) + c2 * E[|w|]. IBM's own, from fms-model-optimizer, where they exist.
+    3: (2.6, -1.71),
+    4: (3.12, -2.064),
+    8: (7.509, -6.892),
+    15: (12.035, -12.03),
+    16: (12.68, -12.80),
+    32: (17.74, -18.64),
+    127: (28.24, -30.81),
+    255: (31.76, -35.04),
+    256: (31.76, -35.04),
+    # Refit on six distributions for the widths that IBM's table lacks (SAWB_REFIT names them).
+    7: (7.015, -6.367),
+    31: (16.419, -17.084),
+    63: (21.139, -22.611),
+    64: (21.176, -22.645),
+    128: (25.594, -27.827),
+}
+SAWB_REFIT = frozenset({7, 31, 63, 64, 128})
+"""Level counts whose coefficients are a refit, not IBM's."""
+
+
+def _container(bits: int) -> Format:
+    """The integer format whose codes hold that many bits."""
+    return int4 if bits <= 4 else int8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinMax(Spec):
+    """Affine: ``[min, max]`` becomes ``[-2^(bits-1), 2^(bits-1) - 1]``, re-scaled for every tensor.
+
+    ``qdata = clamp(rint((x - min) * inv_scale) - 2^(bits-1))`` with ``inv_scale = (2^bits - 1) / (max - min)``.
+    The zero point is not rounded, so the ends of the range are met exactly and 0.0 need not be. The gradient passes
+    unchanged.
+
+    Attributes:
+        bits: 1 to 8; up to 4 are stored as `int4`.
+        momentum: in ``eval`` the range is a running one, ``running = momentum * running + (1 - momentum) * new`` over
+            the training batches; 0 keeps the last one.
+    """
+
+    bits: int = 4
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        require(1 <= self.bits <= 8, f"MinMax(bits={self.bits})", "1 to 8 bits are possible")
+        require(0 <= self.momentum < 1, f"MinMax(momentum={self.momentum})", "0 up to but not 1 is possible")
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return (_container(self.bits),)
+
+    def build(self, *, device: torch.device | None = None, backend: str = "reference") -> Quantizer:
+        return _MinMaxQuantizer(self, device=device, backend=backend)
+
+
+class _MinMaxQuantizer(Quantizer):
+    spec: MinMax
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, spec: MinMax, *, device: torch.device | None, backend: str) -> None:
+        super().__init__(spec, device=device, backend=backend)
+        # NaN until the first training batch has been seen.
+        self.register_buffer("low", torch.full((), torch.nan, device=device))
+        self.register_buffer("high", torch.full((), torch.nan, device=device))
+
+    def quantize(self, x: Tensor, *, observe: bool = False, differentiable: bool = False) -> Quantized:
+        seen_low, seen_high = self.kernels.value_range(x)
+        low, high = seen_low.float(), seen_high.float()
+        if observe:
+            unseen, keep = self.low.isnan(), self.spec.momentum
+            finite = torch.isfinite(low) & torch.isfinite(high)
+            for running, new in ((self.low, low), (self.high, high)):
+                mixed = torch.where(unseen, new, keep * running + (1 - keep) * new)
+                running.copy_(torch.where(finite, mixed, running))
+        elif not self.training:
+            # What training never saw is taken from the tensor itself.
+            low = torch.where(self.low.isnan(), low, self.low)
+            high = torch.where(self.high.isnan(), high, self.high)
+        steps = (1 << self.spec.bits) - 1
+        span = high.double() - low.double()
+        flat = span < 2.0**-120
+        # A constant tensor is reproduced: one step of its own size, all codes the lowest.
+        scale = torch.where(flat, torch.where(low == 0, 1.0, low.abs().double()), span / steps).float()
+        inv_scale = torch.where(flat, 0.0, steps / span).float()
+        scale = self.poison(scale, seen_low, seen_high, observe=observe)
+        return Quantized(self._encode(x, scale, inv_scale, low))
+
+    def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
+        low = self.kernels.value_range(x)[0].float()
+        return self._encode(x, torch.where(low.isfinite(), scale, torch.nan), scale.reciprocal(), low)
+
+    def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, low: Tensor) -> QTensor:
+        bottom = -(1 << (self.spec.bits - 1))
+        fmt = self.spec.formats[0]
+        qdata = self.kernels.encode(
+            x, fmt, inv_scale=inv_scale, low=low, offset=bottom, code_range=(bottom, -1 - bottom)
+        )
+        return QTensor(qdata, scale, fmt, x.shape, bottom - low.double() / scale.double())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sawb(Spec):
+    """Statistics-aware weight binning: ``clip = c1 * sqrt(E[w^2]) - |c2| * E[|w|]``, from the present weights.
+
+    15 levels (the default) have an exact zero: ``qdata = clamp(rint(w * 7 / clip), -7, 7)``. 16 levels have none: they
+    are the odd multiples of ``clip / 15``. Where the formula gives a clip that is not above zero (weights of nearly
+    one magnitude) the largest magnitude is taken. In ``eval`` the clip of the last training forward is used.
+
+    Attributes:
+        bits: 2 to 8.
+        levels: ``2**bits - 1`` (zero is a level) or ``2**bits``; None for the former.
+        ste: ``"identity"`` lets the gradient pass everywhere (IBM's default, "sawb+"); ``"clipped"`` stops it where
+            ``|w| > clip`` and costs one saved bit a weight.
+        ibm_shifted: round ``7 w / clip + 7`` instead of ``7 w / clip``, as fms-model-optimizer does; only exact ties
+            differ. For an odd number of levels.
+    """
+
+    bits: int = 4
+    levels: int | None = 15
+    ste: Literal["identity", "clipped"] = "identity"
+    ibm_shifted: bool = False
+
+    def __post_init__(self) -> None:
+        require(2 <= self.bits <= 8, f"Sawb(bits={self.bits})", "2 to 8 bits are possible")
+        if self.levels is None:
+            object.__setattr__(self, "levels", (1 << self.bits) - 1)
+        most = 1 << self.bits
+        possible = f"{most - 1} or {most} levels are possible with {self.bits} bits"
+        require(self.levels in (most - 1, most), f"Sawb(bits={self.bits}, levels={self.levels})", possible)
+        require(self.ste in ("identity", "clipped"), f"Sawb(ste={self.ste!r})", "'identity' or 'clipped' is possible")
+        shiftable = not self.ibm_shifted or self.levels == most - 1
+        require(shiftable, f"Sawb(levels={self.levels}, ibm_shifted=True)", "an even number of levels has no ties at 0")
+
+    @property
+    def affine(self) -> bool:
+        """Whether zero is no level, so that codes have a zero point of -1/2."""
+        return self.levels == 1 << self.bits
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return (_container(self.bits),)
+
+    def build(self, *, device: torch.device | None = None, backend: str = "reference") -> Quantizer:
+        return _SawbQuantizer(self, device=device, backend=backend)
+
+
+class _SawbQuantizer(Quantizer):
+    spec: Sawb
+    last_clip: Tensor
+
+    def __init__(self, spec: Sawb, *, device: torch.device | None, backend: str) -> None:
+        super().__init__(spec, device=device, backend=backend)
+        # NaN until the first training forward.
+        self.register_buffer("last_clip", torch.full((), torch.nan, device=device))
+
+    def quantize(self, x: Tensor, *, observe: bool = False, differentiable: bool = False) -> Quantized:
+        low, high = self.kernels.value_range(x)
+        clip = self._clip(x, low, high)
+        if observe:
+            self.last_clip.copy_(torch.where(clip.isfinite(), clip, self.last_clip))
+        elif not self.training:
+            clip = torch.where(self.last_clip.isnan(), clip, self.last_clip)
+        assert self.spec.levels is not None
+        half_steps = (self.spec.levels - 1) / 2
+        # All-zero weights have no clip: scale and inverse 0 reproduce them.
+        scale = (clip.double() / half_steps).float()
+        inv_scale = torch.where(clip > 0, half_steps / clip.double(), 0.0).float()
+        scale = self.poison(scale, low, high, observe=observe)
+        q = self._encode(x, scale, inv_scale, clip)
+        if differentiable and self.spec.ste == "clipped":
+            return Quantized(q, (pack_bits((x.detach().abs() <= clip).reshape(-1)),))
+        return Quantized(q)
+
+    def _clip(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        mean_abs, mean_square = self.kernels.moments(x)
+        assert self.spec.levels is not None
+        c1, c2 = SAWB_COEFFICIENTS[self.spec.levels]
+        clip = c1 * mean_square.sqrt() + c2 * mean_abs
+        amax = torch.maximum(low.abs(), high.abs()).double()
+        return torch.where(clip > 0, clip, amax).float()
+
+    def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
+        low, high = self.kernels.value_range(x)
+        assert self.spec.levels is not None
+        clip = scale * ((self.spec.levels - 1) / 2)
+        return self._encode(saturated(x), torch.where((low + high).isnan(), torch.nan, scale), scale.reciprocal(), clip)
+
+    def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, clip: Tensor) -> QTensor:
+        fmt = self.spec.formats[0]
+        assert self.spec.levels is not None
+        top = (self.spec.levels - 1) // 2
+        if self.spec.affine:
+            # Levels lie halfway between whole numbers: count from -clip, so code -8 stands for -7.5 steps.
+            codes = (-top - 1, top)
+            qdata = self.kernels.encode(x, fmt, inv_scale=inv_scale, low=-clip, offset=-top - 1, code_range=codes)
+            return QTensor(qdata, scale, fmt, x.shape, torch.full_like(scale, -0.5, dtype=torch.float64))
+        shifted = {"low": -clip, "offset": -top} if self.spec.ibm_shifted else {}
+        qdata = self.kernels.encode(x, fmt, inv_scale=inv_scale, code_range=(-top, top), **shifted)
+        return QTensor(qdata, scale, fmt, x.shape)
+
+    def backward(self, grad: Tensor, q: QTensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+        if saved:
+            assert saved[0] is not None
+            inside = unpack_bits(saved[0], q.numel).view(q.shape)
+            grad = grad.masked_fill(~inside, 0.0)
+        return grad, None

@@ -1,0 +1,186 @@
+"""Several recipes, several seeds: the arithmetic of the table, and no run twice."""
+
+import dataclasses
+import json
+import os
+import signal
+from types import MappingProxyType
+
+import pytest
+
+from halfbyte.errors import HalfbyteError, UnknownNameError
+from halfbyte.lab import record, tasks
+from halfbyte.lab.compare import compare, summarize
+from halfbyte.lab.record import Record
+from halfbyte.lab.run import Interrupted
+
+
+def run(recipe: str, seed: int, value: float, **change) -> Record:
+    facts = {
+        "task": "digits",
+        "recipe": recipe,
+        "seed": seed,
+        "size": "smoke",
+        "model": "cnn",
+        "metric": "accuracy",
+        "value": value,
+        "higher_is_better": True,
+        "unit": "%",
+        "settings": {},
+        "recipe_text": "",
+        "command": [],
+        "curves": {},
+        "seconds": 2.0,
+        "samples_per_s": 1.0,
+        "saved_bytes": 100,
+        "layers": [],
+        "commit": {},
+        "sources_sha256": [],
+        "versions": {},
+        "machine": {"cpu": "one"},
+    }
+    return Record(**facts | change)
+
+
+BASE = [run("fp32", seed, value) for seed, value in enumerate([98.0, 99.0, 100.0])]
+FOUR = [run("ibm2020", seed, value, seconds=6.0, saved_bytes=25) for seed, value in enumerate([97.0, 98.5, 99.5])]
+
+
+def test_mean_deviation_and_gap_by_hand():
+    """98, 99, 100: mean 99, sample deviation 1; against 97, 98.5, 99.5 of mean 295/3 the gap is 295/3 - 99."""
+    result = summarize("digits", ["ibm2020", "fp32"], [*BASE, *FOUR])
+    base, four = result.summary["fp32"], result.summary["ibm2020"]
+    assert (base.mean, base.std, base.gap, base.paired) == (99.0, 1.0, 0.0, None)
+    assert (four.mean, four.gap) == (295 / 3, 295 / 3 - 99)
+    assert (four.time_ratio, four.saved_bytes_ratio) == (3.0, 0.25)
+    assert list(result.summary) == ["ibm2020", "fp32"]
+
+
+def test_interval_by_hand():
+    """Differences -1, -0.5, -0.5: mean -2/3, deviation 0.5/sqrt(3); t(0.975, 2) = 4.302653 (Student's table)."""
+    paired = summarize("digits", ["fp32", "ibm2020"], [*BASE, *FOUR]).summary["ibm2020"].paired
+    half = 4.302653 * (0.5 / 3**0.5) / 3**0.5
+    assert paired.mean == pytest.approx(-2 / 3, abs=1e-12)
+    assert (paired.low, paired.high) == pytest.approx((-2 / 3 - half, -2 / 3 + half), abs=1e-6)
+
+
+def test_interval_pairs_by_seed():
+    """The order of the records does not matter: differences are taken between equal seeds."""
+    mixed = summarize("digits", ["fp32", "ibm2020"], [*FOUR[::-1], *BASE])
+    assert mixed.summary == summarize("digits", ["fp32", "ibm2020"], [*BASE, *FOUR]).summary
+
+
+def test_two_seeds_make_no_interval():
+    """Below three shared seeds there is no interval, and a single seed has deviation 0.0."""
+    two = summarize("digits", ["fp32", "ibm2020"], [*BASE[:2], *FOUR[:2]])
+    assert two.summary["ibm2020"].paired is None
+    assert summarize("digits", ["fp32"], BASE[:1]).summary["fp32"].std == 0.0
+
+
+def test_baseline_is_fp32_or_the_first():
+    """The gap is to fp32 where it takes part, wherever it stands; else to the recipe named first."""
+    assert summarize("digits", ["ibm2020", "fp32"], [*BASE, *FOUR]).baseline == "fp32"
+    assert summarize("digits", ["ibm2020", "bf16"], FOUR).baseline == "ibm2020"
+
+
+def test_time_is_compared_on_one_machine_only():
+    """Runs of different machines have no time ratio."""
+    other = [dataclasses.replace(r, machine={"cpu": "two"}) for r in FOUR]
+    assert summarize("digits", ["fp32", "ibm2020"], [*BASE, *other]).summary["ibm2020"].time_ratio is None
+
+
+def test_json_is_what_was_promised(tmp_path):
+    """The file has exactly task, metric, runs of (recipe, seed, value), and mean, std, gap for each recipe."""
+    summarize("digits", ["fp32", "ibm2020"], [*BASE, *FOUR]).write(tmp_path / "new" / "c.json")
+    content = json.loads((tmp_path / "new" / "c.json").read_text())
+    assert list(content) == ["task", "metric", "runs", "summary"]
+    assert content["runs"][3] == {"recipe": "ibm2020", "seed": 0, "value": 97.0}
+    assert content["summary"]["fp32"].items() >= {"mean": 99.0, "std": 1.0, "gap": 0.0}.items()
+    assert content["summary"]["ibm2020"].keys() >= {"mean", "std", "gap", "paired"}
+
+
+def test_finished_runs_are_not_repeated(tmp_path):
+    """A second call reads every record, trains nothing, says so, and has the same result."""
+    first = compare("digits", ["fp32", "ibm2020"], [0], size="smoke", model="mlp", out_dir=tmp_path)
+    steps, notes = [], []
+    again = compare(
+        "digits",
+        ["fp32", "ibm2020"],
+        [0],
+        size="smoke",
+        model="mlp",
+        out_dir=tmp_path,
+        progress=steps.append,
+        note=notes.append,
+    )
+    assert steps == []
+    assert [note.rpartition(" is done already")[0] for note in notes] == [
+        "digits-mlp-smoke-fp32-seed0",
+        "digits-mlp-smoke-ibm2020-seed0",
+    ]
+    assert again == first
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_stale_records_run_again(damage, tmp_path, monkeypatch):
+    """A record of other code, or a damaged one, is replaced by a new run, and the note says why."""
+    compare("digits", ["fp32"], [0], size="smoke", model="mlp", out_dir=tmp_path)
+    path = tmp_path / "digits-mlp-smoke-fp32-seed0" / "record.json"
+    if damage:
+        path.write_text("{")
+    else:
+        monkeypatch.setattr(record, "source_sha256", lambda: "other")
+    steps, notes = [], []
+    compare(
+        "digits", ["fp32"], [0], size="smoke", model="mlp", out_dir=tmp_path, progress=steps.append, note=notes.append
+    )
+    assert len(steps) == 46
+    assert ("damaged" if damage else "other code") in notes[0]
+    assert record.read(path).sources_sha256 == [record.source_sha256()]
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_interrupted_comparison_goes_on(damage, tmp_path):
+    """The same call goes on in the middle of the interrupted run; from a damaged checkpoint it starts that run over."""
+
+    def watch(step):
+        if step.done == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        compare("digits", ["fp32"], [0], size="smoke", model="mlp", out_dir=tmp_path, progress=watch)
+    path = tmp_path / "digits-mlp-smoke-fp32-seed0" / "last.ckpt"
+    if damage:
+        path.write_bytes(path.read_bytes()[:500])
+    steps = []
+    compare("digits", ["fp32"], [0], size="smoke", model="mlp", out_dir=tmp_path, progress=steps.append)
+    assert steps[0].done == (1 if damage else 31)
+
+
+def test_diverged_runs_are_named_and_not_averaged(monkeypatch):
+    """A recipe that diverges is listed among the failures and has no mean; if all diverge there is no comparison."""
+    digits = tasks.get("digits")
+    wild = dataclasses.replace(digits.settings("smoke"), optimizer="sgd", learning_rate=1e30)
+    task = dataclasses.replace(digits, sizes=MappingProxyType({"smoke": wild}))
+    monkeypatch.setattr(tasks, "TASKS", {"digits": task})
+    with pytest.raises(HalfbyteError, match="Every run diverged"):
+        compare("digits", ["fp32"], [0], size="smoke", model="mlp")
+
+
+def test_failures_have_no_numbers():
+    """Beside finished runs, a recipe without any has None in the summary and null in the JSON."""
+    content = summarize("digits", ["fp32", "article"], BASE).to_json()
+    assert content["summary"]["article"] == {"mean": None, "std": None, "gap": None}
+    assert {r["recipe"] for r in content["runs"]} == {"fp32"}
+
+
+def test_wrong_questions_are_refused():
+    """No recipe, a recipe or seed named twice, and unknown names are refused before anything runs."""
+    with pytest.raises(HalfbyteError, match="at least one recipe and each only once; got \\['fp32', 'fp32'\\]"):
+        compare("digits", ["fp32", "fp32"], [0])
+    with pytest.raises(HalfbyteError, match="at least one seed"):
+        compare("digits", ["fp32"], [])
+    steps = []
+    with pytest.raises(UnknownNameError, match="Did you mean 'ibm2020'"):
+        compare("digits", ["fp32", "ibm200"], [0], size="smoke", progress=steps.append)
+    assert steps == []

@@ -1,0 +1,121 @@
+"""The record: written whole or not at all, and read with suspicion."""
+
+import dataclasses
+import json
+import socket
+
+import pytest
+
+from halfbyte.lab import record
+from halfbyte.lab.record import Record, RecordError
+
+
+@pytest.fixture
+def done() -> Record:
+    return Record(
+        task="digits",
+        recipe="ibm2020",
+        seed=1,
+        size="smoke",
+        model="cnn",
+        metric="accuracy",
+        value=98.5,
+        higher_is_better=True,
+        unit="%",
+        settings={"epochs": 2},
+        recipe_text="six slots",
+        command=["halfbyte", "train", "digits"],
+        curves={"train_loss": [1.0, 0.5]},
+        seconds=1.5,
+        samples_per_s=1000.0,
+        saved_bytes=4096,
+        layers=["stem fp32"],
+        commit=record.commit(),
+        sources_sha256=[record.source_sha256()],
+        versions=record.versions(),
+        machine=record.machine(),
+    )
+
+
+def test_round_trip(done, tmp_path):
+    """What is written is what is read, field by field."""
+    path = tmp_path / "new" / "record.json"
+    record.write(done, path)
+    assert record.read(path) == done
+    assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+def test_top_level_names(done, tmp_path):
+    """The names that other programs rely on stand at the top level of the file, with the schema."""
+    record.write(done, tmp_path / "record.json")
+    content = json.loads((tmp_path / "record.json").read_text())
+    assert {"schema", "task", "recipe", "seed", "size", "model", "metric", "value"} <= content.keys()
+    assert content["schema"] == 1
+    assert content["value"] == 98.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_is_no_result(done, tmp_path, bad):
+    """A value that is not finite is refused and leaves the earlier record as it was."""
+    path = tmp_path / "record.json"
+    record.write(done, path)
+    with pytest.raises(RecordError, match="holds a NaN or an infinity"):
+        record.write(dataclasses.replace(done, value=bad), path)
+    assert record.read(path) == done
+
+
+def test_cut_file(done, tmp_path):
+    """A file that lost its end is refused as damaged."""
+    path = tmp_path / "record.json"
+    record.write(done, path)
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(RecordError, match="is damaged or no record.*Delete it and run again"):
+        record.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda c: c.pop("schema"), "has no 'schema'"),
+        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1"),
+        (lambda c: c.pop("value"), r"missing \['value'\]"),
+        (lambda c: c.update(color="red"), r"foreign \['color'\]"),
+        (lambda c: c.update(seed="1"), "'seed' must be int, but is '1'"),
+        (lambda c: c.update(value=True), "'value' must be float, but is True"),
+        (lambda c: c.update(curves=[]), "'curves' must be dict"),
+    ],
+)
+def test_foreign_file(done, tmp_path, change, text):
+    """A file with a field missing, added, of another type or of another schema is refused, and the text names it."""
+    path = tmp_path / "record.json"
+    record.write(done, path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=text):
+        record.read(path)
+
+
+def test_missing_file(tmp_path):
+    """A record that is not there is an error which names the file and says who writes one."""
+    with pytest.raises(RecordError, match=r"record\.json: No such file.*A run that finishes writes one"):
+        record.read(tmp_path / "record.json")
+
+
+def test_no_host_name_and_no_path(done):
+    """The circumstances of a run tell neither the machine's name nor where the package lies."""
+    text = json.dumps([done.machine, done.versions, done.commit, done.sources_sha256])
+    assert socket.gethostname() not in text
+    assert "/" not in json.dumps([done.machine["platform"], done.versions, done.commit])
+
+
+def test_fingerprint_sees_every_source(tmp_path, monkeypatch):
+    """One changed character in one source file changes the fingerprint; a file that is no source does not."""
+    (tmp_path / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(record, "_PACKAGE", tmp_path)
+    fingerprint = record.source_sha256.__wrapped__
+    before = fingerprint()
+    (tmp_path / "notes.txt").write_text("no code")
+    assert fingerprint() == before
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert fingerprint() != before

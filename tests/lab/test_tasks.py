@@ -1,0 +1,61 @@
+"""Tasks and their networks."""
+
+import pytest
+import torch
+from torch import nn
+
+from halfbyte.errors import HalfbyteError, UnknownNameError
+from halfbyte.lab import tasks
+from halfbyte.lab.tasks import Settings
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_networks_classify(name):
+    """Both networks turn images (N, 1, 8, 8) into ten logits each."""
+    assert tasks.get("digits").models[name]()(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+@pytest.mark.parametrize(("name", "between"), [("cnn", 3), ("mlp", 1)])
+def test_layers_remain_between_first_and_last(name, between):
+    """With the first and last layer in high precision, the CNN keeps three layers for four bits and the MLP one."""
+    modules = tasks.get("digits").models[name]().modules()
+    assert len([m for m in modules if isinstance(m, nn.Linear | nn.Conv2d)]) - 2 == between
+
+
+def test_unknown_names_suggest():
+    """A misspelt task, model or size is an error that names the nearest right one."""
+    with pytest.raises(UnknownNameError, match="Did you mean 'digits'"):
+        tasks.get("digit")
+    with pytest.raises(UnknownNameError, match="Did you mean 'cnn'"):
+        tasks.get("digits").model_named("cn")
+    with pytest.raises(UnknownNameError, match="Did you mean 'smoke'"):
+        tasks.get("digits").settings("smok")
+
+
+def test_default_model():
+    """No name means the task's default network."""
+    assert tasks.get("digits").model_named(None) == "cnn"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"epochs": 0}, "must be above zero"),
+        ({"batch_size": 0}, "must be above zero"),
+        ({"learning_rate": 0.0}, "must be above zero"),
+        ({"optimizer": "adan"}, "Did you mean 'adam'"),
+        ({"momentum": 0.9}, "would do nothing under Adam"),
+    ],
+)
+def test_settings_are_checked_at_birth(change, text):
+    """Settings that cannot learn, or a knob that would do nothing, are refused."""
+    with pytest.raises(HalfbyteError, match=text):
+        Settings(**{"epochs": 1, "batch_size": 1, "optimizer": "adam", "learning_rate": 0.1} | change)
+
+
+def test_accuracy_counts():
+    """The score counts right answers and the metric is their percentage: 2 of 4 is 50."""
+    task = tasks.get("digits")
+    logits = torch.eye(10)[[1, 2, 3, 4]]
+    assert task.score(logits, torch.tensor([1, 2, 0, 0])) == 2
+    assert task.summarize(2, 4) == 50
