@@ -72,8 +72,8 @@ def open_image(path: Path) -> Image:
         raise HalfbyteError(f"{path} is no image that Pillow can read. PNG and JPEG are always possible.") from error
     except (OSError, Image.DecompressionBombError) as error:
         raise HalfbyteError(f"{path} cannot be read as an image: {error}.") from error
-    if image.mode.startswith("I;16"):  # 16 bits of gray: Pillow's own conversion would cut them off at 255.
-        image = image.point(lambda gray: gray / 257, "L")
+    if image.mode.startswith("I"):  # 16 bits of gray: Pillow's own conversion to 8 would cut them off at 255.
+        image = image.convert("I").point(lambda gray: gray * (1 / 257))
     alpha = "A" if image.mode.endswith(("A", "a")) or "transparency" in image.info else ""
     gray = image.mode in ("1", "L", "LA", "La", "I", "F")
     if gray and alpha and image.mode == "L":
@@ -108,9 +108,11 @@ def picture(image: Image, fmt_name: str, *, bits: int | None = None) -> Picture:
 
     Raises:
         UnknownNameError: if there is no such format.
-        SpecError: if the width is impossible, or given for a format that has its own.
+        SpecError: if the width is impossible or given for a format that has its own, or if the format is for scales.
     """
     fmt = formats.get(fmt_name)
+    if fmt.kind == "scale":
+        raise SpecError(f"{fmt.name} holds scales and has no zero, so it cannot hold pixels. Use an INT or FP format.")
     if bits is not None:
         if fmt.kind != "int":
             raise SpecError(f"bits={bits} was asked for with {fmt.name}, whose width is {fmt.bits}. Leave --bits out.")

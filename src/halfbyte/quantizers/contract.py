@@ -81,22 +81,26 @@ class NonFiniteCounter(nn.Module):
         """The backend's functions."""
         return kernels.get(self.backend)
 
-    def poison(self, scale: Tensor, low: Tensor, high: Tensor, *, observe: bool) -> Tensor:
-        """The scale, or NaN if the tensor whose range is given held a NaN or an infinity; counts and reports that.
+    def screen(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *, observe: bool) -> tuple[Tensor, Tensor]:
+        """Counts and reports a tensor with NaN or infinities, and makes sure that nothing plausible comes of it.
 
-        A NaN scale makes every product NaN, so a broken tensor is never turned into a plausible number. On devices
-        other than the CPU it is counted without a warning, which would have to wait for the device.
+        Its scale becomes NaN, which makes every product NaN. On devices other than the CPU it is counted without a
+        warning, which would have to wait for the device.
 
         Args:
-            scale: float32 of shape ().
-            low: the tensor's smallest element.
+            x: the tensor.
+            scale: its scale, float32 of shape ().
+            low: its smallest element.
             high: its largest.
             observe: whether to count.
+
+        Returns:
+            x with numbers in the place of NaN and infinity, and the scale or NaN.
         """
         bad: Tensor = self.kernels.has_nonfinite(low, high)
         if bad.device.type == "cpu":
             if not bad:
-                return scale
+                return x, scale
             warnings.warn(
                 f"{self.extra_repr()}: a tensor with NaN or infinity was quantized; the result is NaN.",
                 NonFiniteWarning,
@@ -104,7 +108,7 @@ class NonFiniteCounter(nn.Module):
             )
         if observe:
             self.nonfinite += bad
-        return torch.where(bad, torch.full_like(scale, torch.nan), scale)
+        return x.nan_to_num(nan=0.0), torch.where(bad, torch.full_like(scale, torch.nan), scale)
 
 
 class Quantizer(NonFiniteCounter, abc.ABC):
@@ -197,7 +201,9 @@ def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None) -> QTen
     return quantizer.quantize_scaled(x.detach(), step)
 
 
-def saturated(x: Tensor) -> Tensor:
-    """x with infinities replaced by the largest finite numbers of its type; NaN stays."""
-    limit = torch.finfo(x.dtype).max
-    return x.clamp(-limit, limit)
+def without_nan(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """x with NaN replaced by 0 and infinities by the largest numbers, and the scale, or NaN if there was a NaN.
+
+    For scales that do not depend on the data: there an infinity saturates, as every format does.
+    """
+    return x.nan_to_num(nan=0.0), torch.where(low.isnan() | high.isnan(), torch.nan, scale)

@@ -61,9 +61,9 @@ class GradQuantizer(NonFiniteCounter):
         """
         low, high = self.kernels.value_range(grad)
         log2_scale = self.grad_scale.exponent(torch.maximum(low.abs(), high.abs()), scale_limit([self.dgrad, self.wgrad]))
-        scale = self.poison(power_of_two(-log2_scale), low, high, observe=True)
+        clean, scale = self.screen(grad, power_of_two(-log2_scale), low, high, observe=True)
         wanted: list[Format] = list(dict.fromkeys(s.format for s in (self.dgrad, self.wgrad) if s is not None))
-        packed = self.kernels.encode_each(grad, wanted, inv_scale=power_of_two(log2_scale))
+        packed = self.kernels.encode_each(clean, wanted, inv_scale=power_of_two(log2_scale))
         made = {fmt: QTensor(qdata, scale, fmt, grad.shape) for fmt, qdata in zip(wanted, packed, strict=True)}
         for_dgrad = grad if self.dgrad is None else made[self.dgrad.format]
         for_wgrad = grad if self.wgrad is None else made[self.wgrad.format]

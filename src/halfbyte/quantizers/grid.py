@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import formats
 from ..formats import Format, Phase, fp4_e3m0_r4, fp4_e3m0_r4_odd
 from ..qtensor import QTensor
-from .contract import Quantized, Quantizer, Spec, require, saturated
+from .contract import Quantized, Quantizer, Spec, require, without_nan
 
 __all__ = ["Grid", "Nearest", "Radix4", "TwoPhase", "largest_log2_scale", "power_of_two"]
 
@@ -118,21 +118,22 @@ class _GridQuantizer(Quantizer):
         fmt = self.spec.format
         if self.spec.own_scale == "one":
             # The grid does not depend on the data, so infinities saturate as the format says.
-            low, high = torch.where(low.isinf(), 0.0, low), torch.where(high.isinf(), 0.0, high)
+            x = x.clamp(-fmt.max, fmt.max)
+            low, high = low.clamp(-fmt.max, fmt.max), high.clamp(-fmt.max, fmt.max)
             log2_scale = torch.zeros((), dtype=torch.int32, device=x.device)
         else:
             amax = torch.maximum(low.abs(), high.abs())
             log2_scale = largest_log2_scale(amax, fmt.max).clamp(-126, 126)
         scale = power_of_two(-log2_scale)
-        poisoned = self.poison(scale, low, high, observe=observe)
+        x, screened = self.screen(x, scale, low, high, observe=observe)
         qdata = self.kernels.encode(x, fmt, inv_scale=scale.reciprocal())
-        return Quantized(QTensor(qdata, poisoned, fmt, x.shape))
+        return Quantized(QTensor(qdata, screened, fmt, x.shape))
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         low, high = self.kernels.value_range(x)
-        kept = torch.where((low + high).isnan(), torch.nan, scale)
         fmt = self.spec.format
-        return QTensor(self.kernels.encode(saturated(x), fmt, inv_scale=scale.reciprocal()), kept, fmt, x.shape)
+        clean, kept = without_nan(x, scale, low, high)
+        return QTensor(self.kernels.encode(clean, fmt, inv_scale=scale.reciprocal()), kept, fmt, x.shape)
 
 
 def largest_log2_scale(amax: Tensor, limit: float) -> Tensor:

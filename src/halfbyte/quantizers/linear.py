@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..formats import Format, int4, int8
 from ..qtensor import QTensor, pack_bits, unpack_bits
-from .contract import Quantized, Quantizer, Spec, require, saturated
+from .contract import Quantized, Quantizer, Spec, require, without_nan
 
 __all__ = ["MinMax", "Sawb"]
 
@@ -105,12 +105,14 @@ class _MinMaxQuantizer(Quantizer):
         # A constant tensor is reproduced: one step of its own size, all codes the lowest.
         scale = torch.where(flat, torch.where(low == 0, 1.0, low.abs().double()), span / steps).float()
         inv_scale = torch.where(flat, 0.0, steps / span).float()
-        scale = self.poison(scale, seen_low, seen_high, observe=observe)
+        x, scale = self.screen(x, scale, seen_low, seen_high, observe=observe)
         return Quantized(self._encode(x, scale, inv_scale, low))
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
-        low = self.kernels.value_range(x)[0].float()
-        return self._encode(x, torch.where(low.isfinite(), scale, torch.nan), scale.reciprocal(), low)
+        low, high = self.kernels.value_range(x)
+        inv_scale = scale.reciprocal()
+        x, scale = self.screen(x, scale, low, high, observe=False)
+        return self._encode(x, scale, inv_scale, low.float().nan_to_num(nan=0.0))
 
     def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, low: Tensor) -> QTensor:
         bottom = -(1 << (self.spec.bits - 1))
@@ -188,7 +190,7 @@ class _SawbQuantizer(Quantizer):
         # All-zero weights have no clip: scale and inverse 0 reproduce them.
         scale = (clip.double() / half_steps).float()
         inv_scale = torch.where(clip > 0, half_steps / clip.double(), 0.0).float()
-        scale = self.poison(scale, low, high, observe=observe)
+        x, scale = self.screen(x, scale, low, high, observe=observe)
         q = self._encode(x, scale, inv_scale, clip)
         if differentiable and self.spec.ste == "clipped":
             return Quantized(q, (pack_bits((x.detach().abs() <= clip).reshape(-1)),))
@@ -206,7 +208,9 @@ class _SawbQuantizer(Quantizer):
         low, high = self.kernels.value_range(x)
         assert self.spec.levels is not None
         clip = scale * ((self.spec.levels - 1) / 2)
-        return self._encode(saturated(x), torch.where((low + high).isnan(), torch.nan, scale), scale.reciprocal(), clip)
+        inv_scale = scale.reciprocal()
+        x, scale = without_nan(x, scale, low, high)
+        return self._encode(x, scale, inv_scale, clip)
 
     def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, clip: Tensor) -> QTensor:
         fmt = self.spec.formats[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..formats import Format, int4, int8, integer, uint4
 from ..qtensor import QTensor, pack_bits, unpack_bits
-from .contract import Quantized, Quantizer, Spec, require, saturated
+from .contract import Quantized, Quantizer, Spec, require, without_nan
 
 __all__ = ["Pact"]
 
@@ -122,7 +122,7 @@ class _PactQuantizer(Quantizer):
         self._watch_sign(low, sign)
         clip = clip.float().clamp_min(MIN_CLIP)
         levels = self._levels(sign)
-        scale = self.poison((clip.double() / levels).float(), low, high, observe=observe)
+        x, scale = self.screen(x, (clip.double() / levels).float(), low, high, observe=observe)
         q = self._encode(x, scale, (levels / clip.double()).float(), sign)
         return Quantized(q, self._saved(x.detach(), clip, sign) if differentiable else ())
 
@@ -143,8 +143,9 @@ class _PactQuantizer(Quantizer):
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         low, high = self.kernels.value_range(x)
         sign = int(low < 0) if self.spec.signed is None else int(self.spec.signed)
-        kept = torch.where((low + high).isnan(), torch.nan, scale)
-        return self._encode(saturated(x), kept, scale.reciprocal(), sign)
+        inv_scale = scale.reciprocal()
+        x, scale = without_nan(x, scale, low, high)
+        return self._encode(x, scale, inv_scale, sign)
 
     def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, sign: int) -> QTensor:
         fmt = self.spec.formats[-1 if sign else 0]

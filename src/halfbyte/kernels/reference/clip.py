@@ -31,20 +31,21 @@ def clip_bits(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | No
     dtype = wide_dtype(x.dtype)
     low, high = low.to(dtype), high.to(dtype)
     inside = torch.empty((n + 7) // 8, dtype=torch.uint8, device=x.device)
+    at_clip = torch.empty_like(inside)
     scratch = torch.empty(min(n, PIECE), dtype=dtype, device=x.device)
-    mask = torch.empty(min(n, PIECE), dtype=torch.bool, device=x.device)
-    any_tie = torch.zeros((), dtype=torch.bool, device=x.device)
+    mask, ends = (torch.empty(min(n, PIECE), dtype=torch.bool, device=x.device) for _ in range(2))
+    ties = torch.zeros((), dtype=torch.bool, device=x.device)
     for start in range(0, n, PIECE):
         stop = min(start + PIECE, n)
+        bits = slice(start // 8, (stop + 7) // 8)
         piece = flat[start:stop].to(dtype)
         clipped = torch.clamp(piece, low, high, out=scratch[: stop - start])
-        torch.eq(piece, clipped, out=mask[: stop - start])
-        pack_bits(mask[: stop - start], inside[start // 8 : (stop + 7) // 8])
-        any_tie |= (piece == high).any() | ((piece == low) & (low != 0)).any()
-    if not any_tie:
-        return inside, None
-    wide = flat.to(dtype)
-    return inside, pack_bits((wide == high) | ((wide == low) & (low != 0)))
+        within = torch.eq(piece, clipped, out=mask[: stop - start])
+        pack_bits(within, inside[bits])
+        # |low| is the upper clip or 0, so one comparison of the magnitude finds both ends.
+        pack_bits(torch.eq(clipped.abs_(), high, out=ends[: stop - start]).logical_and_(within), at_clip[bits])
+        ties |= at_clip[bits].max() > 0
+    return inside, at_clip if ties else None
 
 
 def clip_backward(grad: Tensor, q: QTensor, inside: Tensor, ties: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,23 +63,20 @@ def clip_backward(grad: Tensor, q: QTensor, inside: Tensor, ties: Tensor | None)
     """
     flat = grad.view(-1)
     n = flat.numel()
+    bits = q.format.bits
+    negative = 1 << (bits - 1)
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
-    negative = 1 << (q.format.bits - 1)
     for start in range(0, n, PIECE):
         stop = min(start + PIECE, n)
         piece = flat[start:stop]
-        codes = unpack(q.qdata[packed_size(start, q.format.bits) : packed_size(stop, q.format.bits)],
-                       stop - start, q.format.bits)
-        within = unpack_bits(inside[start // 8 : (stop + 7) // 8], stop - start)
-        moving = ~within
+        outside = unpack_bits(inside[start // 8 : (stop + 7) // 8], stop - start).logical_not_()
+        moving = outside
         if ties is not None:
-            moving |= unpack_bits(ties[start // 8 : (stop + 7) // 8], stop - start)
+            moving = outside | unpack_bits(ties[start // 8 : (stop + 7) // 8], stop - start)
+        where = moving.nonzero().squeeze(1)
+        codes = unpack(q.qdata[packed_size(start, bits) : packed_size(stop, bits)], stop - start, bits)[where]
         # Outside or at the clip a code is the extreme one, or 0 below an unsigned clip's zero.
-        if q.format.signed:
-            sign = torch.where(codes >= negative, -1.0, 1.0).to(piece.dtype)
-        else:
-            sign = (codes > 0).to(piece.dtype)
-        total += stable_sum((piece * sign).masked_fill_(~moving, 0.0))
-        piece.masked_fill_(~within, 0.0)
+        weight = torch.where(codes >= negative, -1.0, 1.0) if q.format.signed else (codes > 0)
+        total += stable_sum(piece[where].double() * weight)
+        piece.masked_fill_(outside, 0.0)
     return grad, total.float()
-

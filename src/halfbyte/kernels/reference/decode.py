@@ -1,8 +1,8 @@
 """Codes back to the whole numbers that they stand for: what the reference GEMMs multiply.
 
 A code stands for an integer times the format's unit. Where those integers are small, or are few powers of four, they
-are split into *planes* of int8 whose weighted sum they are; 8-bit and 24-bit arithmetic then gives exact sums. All
-other formats are decoded to float64.
+are split into *planes* of int8 whose weighted sum they are; 8-bit and 24-bit arithmetic then gives exact sums. FP8 is
+split into digits of base 64. All other formats are decoded to float64.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...formats import Format
 from ...qtensor import QTensor, packed_size, unpack
-from .encode import PIECE
+from .encode import NATIVE, PIECE
 
 PLANE_LIMIT = 64
-"""The largest magnitude in a plane of a logarithmic format: 4^3."""
+"""The largest magnitude in a plane where there are several: 4^3, or a digit of base 64."""
 
 _HIGH_PLANE = 256
 """Weight of the second plane of radix 4: 4^4."""
@@ -28,6 +28,8 @@ def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Exact in float32 for every format of at most 24 significant bits, which is all of them.
     """
+    if q.format in NATIVE:
+        return _native_integers(q).to(dtype)
     found = planes(q)
     if found is None:
         codes = unpack(q.qdata, q.numel, q.format.bits)
@@ -42,9 +44,11 @@ def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def planes(q: QTensor) -> tuple[tuple[int, Tensor], ...] | None:
     """The integers as a weighted sum of int8 tensors: ((weight, plane), ...), each plane in the tensor's shape.
 
-    None for formats whose integers are neither small nor powers of two or four.
+    None for formats that have no such sum of few terms: logarithmic ones of other radices.
     """
     fmt = q.format
+    if fmt in NATIVE:
+        return _digits(_native_integers(q))
     if not (fmt.max_integer < 128 or (fmt.kind == "log" and fmt.radix == 4 and fmt.bits == 4)):
         return None
     weights = (1,) if fmt.max_integer < 128 else (1, _HIGH_PLANE)
@@ -57,6 +61,31 @@ def planes(q: QTensor) -> tuple[tuple[int, Tensor], ...] | None:
         piece = unpack(packed, stop - start, fmt.bits, out=codes[: stop - start])
         _split(piece, fmt, [out[start:stop] for out in outs])
     return tuple((weight, out.view(q.shape)) for weight, out in zip(weights, outs, strict=True))
+
+
+def _native_integers(q: QTensor) -> Tensor:
+    """FP8 codes as integers in float32: a number of the format divided by its unit, a power of two."""
+    values = q.qdata.view(NATIVE[q.format]).to(torch.float32)
+    return values.mul_(float(1 / q.format.unit)).view(q.shape)
+
+
+def _digits(whole: Tensor) -> tuple[tuple[int, Tensor], ...]:
+    """Integers of few significant bits as base-64 digits with their sign, as many as the largest one needs.
+
+    Overwrites `whole`. Every step is exact: a digit is some of the number's few bits, the rest is the others.
+    """
+    top = float(whole.abs().max()) if whole.numel() else 0.0
+    weight = 1
+    while top >= weight * PLANE_LIMIT:
+        weight *= PLANE_LIMIT
+    found = []
+    while weight > 1:
+        digit = (whole * (1.0 / weight)).trunc_()
+        whole = whole.sub_(digit, alpha=weight)
+        found.append((weight, digit.to(torch.int8)))
+        weight //= PLANE_LIMIT
+    found.append((1, whole.to(torch.int8)))
+    return tuple(reversed(found))
 
 
 def _split(codes: Tensor, fmt: Format, outs: list[Tensor]) -> None:

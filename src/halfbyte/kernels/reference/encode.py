@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...formats import Format, Phase
+from ...formats import Format, Phase, fp8_e4m3, fp8_e5m2
 from ...oracle import to_binary
 from ...qtensor import BLOCK, pack, packed_size
 
@@ -50,11 +50,16 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The means of |x| and of x^2, float64 of shape (); 0 for an empty tensor."""
     flat = x.detach().reshape(-1)
     n = flat.numel()
+    scratch = torch.empty(min(n, PIECE), dtype=torch.float64, device=x.device)
+    first, second = [], []
+    for start in range(0, n, PIECE):
+        wide = scratch[: min(n - start, PIECE)].copy_(flat[start : start + PIECE])
+        first.append(stable_sum(wide.abs_()))
+        second.append(stable_sum(wide.square_()))
     if n == 0:
         zero = torch.zeros((), dtype=torch.float64, device=x.device)
         return zero, zero
-    wide = flat.double().abs_()
-    return stable_sum(wide) / n, stable_sum(wide.square_()) / n
+    return torch.stack(first).sum() / n, torch.stack(second).sum() / n
 
 
 def stable_sum(x: Tensor) -> Tensor:
@@ -79,10 +84,10 @@ def encode(
     """The packed codes of a tensor.
 
     Integer formats: ``clamp(rint((x - low) * inv_scale) + offset)``, ties to even. Others: the nearest value to
-    ``x * inv_scale`` by the format's own rule. NaN gets the code of zero: detect it first (`has_nonfinite`).
+    ``x * inv_scale`` by the format's own rule. What NaN becomes is not defined: replace it first.
 
     Args:
-        x: numbers of any floating type and shape; float64 is computed in float64, all else in float32.
+        x: numbers but no NaN, of any floating type and shape; float64 is computed in float64, all else in float32.
         fmt: the format.
         inv_scale: reciprocal of the scale, float32 of shape ().
         low: what is subtracted first, float32 of shape (); None for nothing. Integer formats only.
@@ -114,44 +119,49 @@ def _encode(
     outs = tuple(torch.empty(packed_size(n, f.bits), dtype=torch.uint8, device=x.device) for f in fmts)
     dtype = wide_dtype(x.dtype)
     scratch = torch.empty(min(n, PIECE), dtype=dtype, device=x.device)
+    codes = torch.empty(min(n, PIECE), dtype=torch.uint8, device=x.device)
     for start in range(0, n, PIECE):
         stop = min(start + PIECE, n)
-        wide = scratch[: stop - start]
-        if x.dtype != dtype:
-            piece = wide.copy_(flat[start:stop])
-        else:
-            piece = flat[start:stop]
+        wide, piece_codes = scratch[: stop - start], codes[: stop - start]
+        piece = flat[start:stop] if x.dtype == dtype else wide.copy_(flat[start:stop])
         if low is not None:
             piece = torch.sub(piece, low, out=wide)
         scaled = torch.mul(piece, inv_scale, out=wide)
         for fmt, out in zip(fmts, outs, strict=True):
             if fmt.kind == "int":
-                codes = _integer_codes(scaled, fmt, offset, code_range)
-            elif fmt.kind == "log" and fmt.radix in (2, 4) and fmt.bits == 4 and dtype == torch.float32:
-                codes = _log_codes(scaled, fmt)
+                _integer_codes(scaled, fmt, offset, code_range, piece_codes)
+            elif dtype == torch.float32 and fmt in NATIVE:
+                piece_codes.view(NATIVE[fmt]).copy_(scaled.clamp(-fmt.max, fmt.max))
+            elif dtype == torch.float32 and fmt.kind == "log" and fmt.radix in (2, 4) and fmt.bits == 4:
+                _log_codes(scaled, fmt, piece_codes)
             else:
-                codes = _table_codes(scaled, fmt)
-            pack(codes, fmt.bits, out[packed_size(start, fmt.bits) : packed_size(stop, fmt.bits)])
+                piece_codes.copy_(_table_codes(scaled, fmt))
+            pack(piece_codes, fmt.bits, out[packed_size(start, fmt.bits) : packed_size(stop, fmt.bits)])
     return outs
 
 
-def _integer_codes(scaled: Tensor, fmt: Format, offset: int, code_range: tuple[int, int] | None) -> Tensor:
-    """Round half to even, shift, clamp; the two's complement of the result. Overwrites `scaled`."""
+NATIVE = {fp8_e4m3: torch.float8_e4m3fn, fp8_e5m2: torch.float8_e5m2}
+"""Formats that torch itself can round to; its codes are ours."""
+
+
+def _integer_codes(scaled: Tensor, fmt: Format, offset: int, code_range: tuple[int, int] | None, out: Tensor) -> None:
+    """Round half to even, clamp, shift; the two's complement of the result. Overwrites `scaled`."""
     bottom, top = code_range or (int(fmt.saturate[0]), int(fmt.saturate[1]))
-    whole = scaled.round_()
-    if offset:
-        whole = whole.add_(offset)
-    whole = whole.clamp_(bottom, top).nan_to_num_(nan=0.0)
-    return whole.to(torch.int8).view(torch.uint8) if fmt.signed else whole.to(torch.uint8)
+    whole = scaled.round_().clamp_(bottom - offset, top - offset)
+    if fmt.signed and not offset:
+        out.view(torch.int8).copy_(whole)
+    else:
+        # Counted from the lowest code there are no negative numbers; the addition wraps to two's complement.
+        out.copy_(whole).add_(offset % 256)
 
 
-def _log_codes(scaled: Tensor, fmt: Format) -> Tensor:
+def _log_codes(scaled: Tensor, fmt: Format, out: Tensor) -> None:
     """Radix 2 and 4 from the bits of a float32: one addition whose carry does the rounding, then a shift.
 
     Radix 4: a number m * 2^e goes to the even exponent e, or, for odd e, up if m >= 1.25 and down otherwise. Adding
     0.75 of a mantissa carries into the exponent exactly where it must, and what is left is to halve the exponent.
     Radix 2 carries at m >= 1.5, so it adds half a mantissa. The odd phase is the even phase of twice the number: one
-    more exponent. Clamping the bits first keeps the result in 0...7 and the sum within 32 bits.
+    more exponent. The sign bit stays out of the way, because the magnitude is clamped first.
     """
     one = 1 << _MANTISSA
     if fmt.radix == 4:
@@ -161,15 +171,20 @@ def _log_codes(scaled: Tensor, fmt: Format) -> Tensor:
         carry, shift, base = one // 2, _MANTISSA, 127 - fmt.bias
     if fmt.phase is Phase.ODD:
         carry += one
-    lowest = (base << shift) - carry
-    highest = ((base + 7) << shift) - carry
-    bits = scaled.view(torch.int32)
-    codes = bits & _SIGN_CLEARED
-    nan = scaled.isnan() if bool(codes.max() > 0x7F800000) else None
-    codes = codes.clamp_(lowest, highest).sub_(lowest).bitwise_right_shift_(shift)
-    if nan is not None:
-        codes.masked_fill_(nan, 0)
-    return codes.bitwise_or_((bits >> 28).bitwise_and_(8)).to(torch.uint8)
+    clamped = scaled.clamp(-fmt.max, fmt.max)
+    bits = clamped.view(torch.int32)
+    sign = torch.signbit(scaled) if shift == _MANTISSA else None
+    if sign is not None:
+        bits.bitwise_and_(_SIGN_CLEARED)
+    top = bits.add_(carry).bitwise_right_shift_(shift)
+    # The top byte: with radix 4 the sign and seven bits of exponent, with radix 2 eight bits of exponent.
+    out.copy_(top)
+    if sign is None:
+        sign_bit = (out >> 4).bitwise_and_(8)
+        out.bitwise_and_(127)
+    else:
+        sign_bit = sign.to(torch.uint8) << 3
+    out.clamp_(base, base + 7).sub_(base).bitwise_or_(sign_bit)
 
 
 def _table_codes(scaled: Tensor, fmt: Format) -> Tensor:
@@ -178,8 +193,7 @@ def _table_codes(scaled: Tensor, fmt: Format) -> Tensor:
     magnitude = codes[torch.bucketize(scaled.abs() if fmt.signed else scaled, bounds, right=True)]
     if fmt.signed:
         magnitude = magnitude.bitwise_or_(torch.signbit(scaled).to(torch.uint8) << (fmt.bits - 1))
-    nan_code = next((c for c, v in enumerate(fmt.values) if v != v), 0)
-    return magnitude.masked_fill_(scaled.isnan(), nan_code)
+    return magnitude
 
 
 @cache

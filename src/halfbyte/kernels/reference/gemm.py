@@ -1,9 +1,9 @@
 """The three GEMMs on codes, with exact integer sums, in plain PyTorch.
 
 The result of a GEMM is ``float32(sum of integer products) * scale``: the sum is exact, rounded once to float32 and
-multiplied once. Exactness is bought as cheaply as the bounds allow: int8 matrix products with 32-bit sums for linear
-layers on a CPU, float32 while every partial sum stays below 2^24, float64 otherwise and on other devices. No choice
-depends on the data, and none changes the result.
+multiplied once. Exactness is bought as cheaply as the bounds allow: on a CPU int8 matrix products with 32-bit sums for
+linear layers and for the wgrad of convolutions, and float32 while every partial sum stays below 2^24; otherwise, and on
+other devices, float64. No choice changes the result.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...qtensor import QTensor
-from ..geometry import Gemm, Geometry, Linear
+from ..geometry import Conv, Gemm, Geometry, Linear
 from .chunked import chunked_gemm
 from .decode import PLANE_LIMIT, decode, planes
+from .im2col import wgrad
 
 Accumulate = Literal["exact", "fp32", "fp16_chunk64"]
 
@@ -61,9 +62,12 @@ def gemm(
 
 def accumulators(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
     """The exact sums of products of the two operands' integers, float64, before zero points and scales."""
-    total = torch.zeros((), dtype=torch.float64)
-    for weight, part in _products(which, a, b, geometry):
-        total = total + part.double() * weight
+    (weight, first), *others = _products(which, a, b, geometry)
+    total = first.double()
+    if weight != 1:
+        total = total * weight
+    for weight, part in others:
+        total = total.add_(part, alpha=weight)
     return total
 
 
@@ -84,28 +88,32 @@ def _bound(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> int:
 
 def _products(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> list[tuple[int, Tensor]]:
     """Exact products, plane by plane: (weight, int32 or float tensor of exact integers)."""
-    planes_a, planes_b = planes(a), planes(b)
-    on_cpu = a.qdata.device.type == "cpu"
-    if planes_a is None or planes_b is None or not on_cpu:
+    if a.qdata.device.type != "cpu":
         return [(1, _in_float64(which, a, b, geometry))]
-    limit_a = min(a.format.max_integer, PLANE_LIMIT) if len(planes_a) > 1 else a.format.max_integer
-    limit_b = min(b.format.max_integer, PLANE_LIMIT) if len(planes_b) > 1 else b.format.max_integer
+    if not isinstance(geometry, Linear) and _bound(which, a, b, geometry) < _EXACT_FLOAT32:
+        return [(1, _apply_float32(which, decode(a), decode(b), geometry))]
+    planes_a, planes_b = planes(a), planes(b)
+    if planes_a is None or planes_b is None:
+        return [(1, _in_float64(which, a, b, geometry))]
+    limits = [min(q.format.max_integer, PLANE_LIMIT) if len(found) > 1 else q.format.max_integer
+              for q, found in ((a, planes_a), (b, planes_b))]
     k = geometry.reduction(which)
-    bound = k * limit_a * limit_b
+    bound = k * limits[0] * limits[1]
     # Processors without VNNI add pairs of (unsigned) 255 times the smaller operand in 16 bits: 255 * 64 * 2 < 2^15.
-    narrow = min(limit_a, limit_b) <= PLANE_LIMIT and bound < _EXACT_INT32
+    narrow = min(limits) <= PLANE_LIMIT and bound < _EXACT_INT32
+    if isinstance(geometry, Conv) and which == "wgrad" and geometry.groups == 1 and narrow and len(planes_b) == 1:
+        parts = wgrad([plane for _, plane in planes_a], planes_b[0][1], geometry)
+        return [(weight, part) for (weight, _), part in zip(planes_a, parts, strict=True)]
+    if not (narrow if isinstance(geometry, Linear) else bound < _EXACT_FLOAT32):
+        return [(1, _in_float64(which, a, b, geometry))]
     results = []
     for weight_b, plane_b in planes_b:
         for weight_a, plane_a in planes_a:
-            if isinstance(geometry, Linear) and narrow:
+            if isinstance(geometry, Linear):
                 left, right = geometry.matrices(which, plane_a, plane_b)
                 part = torch._int_mm(left.contiguous(), right)
-            elif bound < _EXACT_FLOAT32:
-                part = _apply_float32(which, plane_a.float(), plane_b.float(), geometry)
-            elif which == "wgrad" and k // plane_a.shape[0] * limit_a * limit_b < _EXACT_FLOAT32:
-                part = _by_rows(plane_a, plane_b, geometry, _EXACT_FLOAT32 // (bound // plane_a.shape[0] + 1))
             else:
-                return [(1, _in_float64(which, a, b, geometry))]
+                part = _apply_float32(which, plane_a.float(), plane_b.float(), geometry)
             results.append((weight_a * weight_b, part))
     return results
 
@@ -114,17 +122,6 @@ def _apply_float32(which: Gemm, a: Tensor, b: Tensor, geometry: Geometry) -> Ten
     # NNPACK transforms tiles (Winograd), which is not exact; every other CPU path only multiplies and adds.
     with torch.backends.nnpack.flags(enabled=False):
         return geometry.apply(which, a, b)
-
-
-def _by_rows(a: Tensor, b: Tensor, geometry: Geometry, rows: int) -> Tensor:
-    """wgrad a few rows or images at a time, so that each float32 sum is exact; their sum is taken in float64."""
-    total: Tensor | None = None
-    for start in range(0, a.shape[0], rows):
-        part_a, part_b = a[start : start + rows].float(), b[start : start + rows].float()
-        part = _apply_float32("wgrad", part_a, part_b, geometry).double()
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
 
 
 def _in_float64(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
@@ -163,10 +160,17 @@ def _centered(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor
     """
     total = accumulators(which, a, b, geometry)
     if b.zero_point is not None:
-        total = total - b.zero_point * geometry.sum_over(which, 0, decode(a, torch.float64))
+        total -= b.zero_point * _sum_over(which, 0, a, geometry)
     if a.zero_point is not None:
-        total = total - a.zero_point * geometry.sum_over(which, 1, decode(b, torch.float64))
+        total -= a.zero_point * _sum_over(which, 1, b, geometry)
     if a.zero_point is not None and b.zero_point is not None:
-        ones = torch.ones(a.shape, dtype=torch.float64, device=a.qdata.device)
-        total = total + (a.zero_point * b.zero_point) * geometry.sum_over(which, 0, ones)
+        ones = torch.ones((1, *a.shape[1:]), dtype=torch.float64, device=a.qdata.device)
+        count = geometry.sum_over(which, 0, ones.expand(a.shape) if which == "wgrad" else ones)
+        total += (a.zero_point * b.zero_point) * count
     return total
+
+
+def _sum_over(which: Gemm, operand: int, q: QTensor, geometry: Geometry) -> Tensor:
+    """The exact sums of one operand's integers over the other's ones, in float64."""
+    exact = geometry.reduction(which) * q.format.max_integer < _EXACT_FLOAT32
+    return geometry.sum_over(which, operand, decode(q, torch.float32 if exact else torch.float64)).double()
