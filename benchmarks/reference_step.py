@@ -110,13 +110,15 @@ def measure(build: Callable[[], tuple[nn.Module, Tensor]], rounds: int) -> list[
             continue
         ratios = sorted(a / b for a, b in zip(taken, base, strict=True))
         quarter = len(ratios) // 4
-        rows.append({
-            "network": build.__name__,
-            "recipe": name,
-            "rules": rules,
-            "slower_than_fp32": round(statistics.median(taken) / statistics.median(base), 2),
-            "spread": [round(ratios[quarter], 2), round(ratios[-1 - quarter], 2)],
-        })
+        rows.append(
+            {
+                "network": build.__name__,
+                "recipe": name,
+                "rules": rules,
+                "slower_than_fp32": round(statistics.median(taken) / statistics.median(base), 2),
+                "spread": [round(ratios[quarter], 2), round(ratios[-1 - quarter], 2)],
+            }
+        )
     return rows
 
 
@@ -135,7 +137,9 @@ def main() -> int:
     print(f"{'network':<8} {'recipe':<24} {'rules':<14} {'step / fp32':>11}   middle half of the rounds")
     for row in rows:
         low, high = row["spread"]  # type: ignore[misc]
-        print(f"{row['network']:<8} {row['recipe']:<24} {row['rules']:<14} {row['slower_than_fp32']:>11}   {low} - {high}")
+        print(
+            f"{row['network']:<8} {row['recipe']:<24} {row['rules']:<14} {row['slower_than_fp32']:>11}   {low} - {high}"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps({"exact": True, "threads": threads, "rows": rows}, indent=2) + "\n")
     return 0

@@ -1,10 +1,10 @@
 """Train neural networks in four bits: INT4 weights and activations, radix-4 FP4 gradients (Sun et al., NeurIPS 2020).
 
-    import halfbyte as hb
+import halfbyte as hb
 
-    model = hb.convert(model, recipe="ibm2020")
-    print(hb.summary(model))
-    # an ordinary PyTorch loop from here on
+model = hb.convert(model, recipe="ibm2020")
+print(hb.summary(model))
+# an ordinary PyTorch loop from here on
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from . import kernels
 from .errors import ConversionError
 from .nn import TWINS, adopt, release
 from .ops import Plan
-from .quantizers import GradScaleSpec, GradScaleState
+from .quantizers import GradScaleSpec, GradScaleState, NonFiniteCounter
 from .recipes import LayerInfo, Recipe, Rule, get
 
 __all__ = ["ConversionReport", "LayerReport", "convert", "restore", "summary"]
@@ -26,9 +26,7 @@ _LEFT_ALONE = "_halfbyte_left_alone"
 _TWIN_CLASSES = tuple(TWINS.values())
 
 
-def convert(
-    model: Model, recipe: str | Recipe, rules: Sequence[Rule] = (), *, backend: str = "reference"
-) -> Model:
+def convert(model: Model, recipe: str | Recipe, rules: Sequence[Rule] = (), *, backend: str = "reference") -> Model:
     """Puts a model's linear and convolution layers under a recipe, in place.
 
     Each layer asks the given rules, then the recipe's own, in order; the first that matches names its recipe, else it
@@ -125,13 +123,13 @@ class ConversionReport:
 
     def __str__(self) -> str:
         slots = ("fprop", "dgrad", "wgrad")
-        header = ("layer", "type", "recipe", *slots, "why", "state")
+        header = ["layer", "type", "recipe", *slots, "why", "state"]
         rows = [header]
         for layer in self.layers:
             cells = [
                 " x ".join(fmt for name, fmt in layer.formats.items() if name.startswith(slot)) or "-" for slot in slots
             ]
-            rows.append((layer.fqn or "(model)", layer.kind, layer.recipe, *cells, layer.why, layer.note))
+            rows.append([layer.fqn or "(model)", layer.kind, layer.recipe, *cells, layer.why, layer.note])
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -165,7 +163,8 @@ def summary(model: nn.Module) -> ConversionReport:
             recipe = "fp32" if hasattr(module, _LEFT_ALONE) else "-"
             rows.append(LayerReport(fqn=layer.fqn, kind=type(module).__name__, recipe=recipe, formats={}, why=why))
     for fqn, module in _opaque(model):
-        why = "not converted: its GEMMs are not a layer's own"
+        parents = [kind.__name__ for kind in TWINS if isinstance(module, kind)]
+        why = f"not converted: a subclass of {parents[0]}" if parents else "not converted: no 4-bit twin of this type"
         rows.append(LayerReport(fqn=fqn, kind=type(module).__name__, recipe="-", formats={}, why=why))
     return ConversionReport(tuple(rows))
 
@@ -176,7 +175,7 @@ def _note(plan: Plan) -> str:
         parts.append(f"clip {plan.input.clip.item():.3g}")
     if plan.grad_output is not None and plan.grad_output.grad_scale.started:
         parts.append(f"log2_scale {plan.grad_output.grad_scale.log2_scale.item()}")
-    broken = sum(int(m.nonfinite) for m in plan.children() if hasattr(m, "nonfinite"))
+    broken = sum(int(m.nonfinite) for m in plan.children() if isinstance(m, NonFiniteCounter))
     if broken:
         parts.append(f"NaN or infinity in {broken} tensors")
     return ", ".join(parts)
@@ -193,7 +192,8 @@ def _layers(model: nn.Module, *, converted: bool = False) -> list[LayerInfo]:
 
 def _opaque(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with GEMMs of their own that have no twin: recurrent layers, attention, subclasses of torch's layers."""
-    kinds = (*TWINS, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear, nn.modules.conv._ConvNd)
+    others = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear, nn.modules.conv._ConvNd)
+    kinds: tuple[type[nn.Module], ...] = (*TWINS, *others)
     for fqn, module in model.named_modules():
         if isinstance(module, kinds) and type(module) not in TWINS and not isinstance(module, _TWIN_CLASSES):
             yield fqn, module
@@ -203,16 +203,22 @@ def _check(model: nn.Module, layers: list[LayerInfo], rules: Sequence[Rule]) -> 
     """Raises for what cannot be converted at all."""
     for fqn, module in model.named_modules():
         if isinstance(module, _TWIN_CLASSES):
-            raise ConversionError(f"The model is converted already (layer {fqn or '(model)'}); call restore(model) first.")
+            raise ConversionError(
+                f"The model is converted already (layer {fqn or '(model)'}); call restore(model) first."
+            )
     opaque = list(_opaque(model))
     if not layers:
         what = ", ".join(f"{fqn or '(model)'} ({type(m).__name__})" for fqn, m in opaque) or "none at all"
         kinds = ", ".join(kind.__name__ for kind in TWINS)
-        raise ConversionError(f"The model has no layer that can be converted. Possible: {kinds}. Its GEMM layers: {what}.")
+        raise ConversionError(
+            f"The model has no layer that can be converted. Possible: {kinds}. Its GEMM layers: {what}."
+        )
     for layer in layers:
         for parameter in layer.module.parameters(recurse=False):
             if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ConversionError(f"Layer {layer.fqn} is not initialized yet; run one batch through the model first.")
+                raise ConversionError(
+                    f"Layer {layer.fqn} is not initialized yet; run one batch through the model first."
+                )
     for fqn, module in opaque:
         info = LayerInfo(fqn=fqn, module=module, index=-1, count=len(layers))
         for rule in rules:

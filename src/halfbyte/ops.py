@@ -1,7 +1,7 @@
 """The three GEMMs as differentiable functions: `linear` and `conv` under a `Plan`.
 
-A plan is a recipe's six slots with their quantizers' state. Between the forward and the backward pass an operation keeps
-packed codes, scales and, where a learned clip needs it, one bit an element; a floating slot keeps its tensor.
+A plan is a recipe's six slots with their quantizers' state. Between the forward and the backward pass an operation
+keeps packed codes, scales and, where a learned clip needs it, one bit an element; a floating slot keeps its tensor.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class _ThreeGemms(torch.autograd.Function):
         return result.to(out_dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise UnsupportedError(
                 "A second derivative through a 4-bit layer was asked for (create_graph=True); rounding has none. "
@@ -266,7 +266,8 @@ class _ThreeGemms(torch.autograd.Function):
         accumulate = plan.recipe.accumulate
         (dgrad_w, _), (wgrad_x, _), (xq, x_saved), (wq, w_saved) = _load(ctx)
         grad = _wide(grad_output)
-        for_dgrad = for_wgrad = grad
+        for_dgrad: QTensor | Tensor = grad
+        for_wgrad: QTensor | Tensor = grad
         if plan.grad_output is not None:
             for_dgrad, for_wgrad = plan.grad_output.quantize_pair(grad)
         grads: list[Tensor | None] = [None] * 8

@@ -171,5 +171,10 @@ def matmul(
         Exact values of shape (M, N), before any scale.
     """
     columns = list(zip(*b, strict=True))
-    return [[sum((decode(fmt_a, p) * decode(fmt_b, q) for p, q in zip(row, column, strict=True)), Fraction(0))
-             for column in columns] for row in a]
+    return [
+        [
+            sum((decode(fmt_a, p) * decode(fmt_b, q) for p, q in zip(row, column, strict=True)), Fraction(0))
+            for column in columns
+        ]
+        for row in a
+    ]

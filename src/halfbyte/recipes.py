@@ -169,11 +169,15 @@ class Recipe:
                 raise SpecError(f"Recipe {self.name!r}: {name}={spec!r} was given; {kinds} or None is possible there.")
         if self.quantizes_gradient != (self.grad_scale is not None):
             cure = "give grad_scale=LayerGradScale()" if self.quantizes_gradient else "leave grad_scale out"
-            raise SpecError(f"Recipe {self.name!r}: grad_scale goes with a quantized grad_output, and only with it; {cure}.")
+            raise SpecError(
+                f"Recipe {self.name!r}: grad_scale goes with a quantized grad_output, and only with it; {cure}."
+            )
         if self.dtype is not None and not self.in_floating_point:
             raise SpecError(f"Recipe {self.name!r}: dtype={self.dtype} is for layers whose six slots are all None.")
         if self.accumulate not in ("exact", "fp32", "fp16_chunk64"):
-            raise SpecError(f"Recipe {self.name!r}: accumulate={self.accumulate!r}; exact, fp32, fp16_chunk64 are possible.")
+            raise SpecError(
+                f"Recipe {self.name!r}: accumulate={self.accumulate!r}; exact, fp32, fp16_chunk64 are possible."
+            )
         if self.accumulate != "exact":
             affine = [n for n, s in self.slots.items() if isinstance(s, MinMax) or (isinstance(s, Sawb) and s.affine)]
             if affine or self.in_floating_point:

@@ -60,13 +60,16 @@ class Linear:
         return a.t(), b  # g_NO.T @ x_NI -> (O, I)
 
     def apply(self, gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
+        """See `Geometry.apply`."""
         left, right = self.matrices(gemm, a, b)
         return left @ right
 
     def reduction(self, gemm: Gemm) -> int:
+        """See `Geometry.reduction`."""
         return {"fprop": self.in_features, "dgrad": self.out_features, "wgrad": self.rows}[gemm]
 
     def sum_over(self, gemm: Gemm, operand: int, x: Tensor) -> Tensor:
+        """See `Geometry.sum_over`."""
         left, right = self.matrices(gemm, x, x)
         return left.sum(1, keepdim=True) if operand == 0 else right.sum(0, keepdim=True)
 
@@ -103,6 +106,7 @@ class Conv:
         return (self.input_shape[0], self.weight_shape[0], *spatial)
 
     def reduction(self, gemm: Gemm) -> int:
+        """See `Geometry.reduction`."""
         taps = math.prod(self.weight_shape[2:])
         if gemm == "fprop":
             return self.weight_shape[1] * taps
@@ -111,11 +115,13 @@ class Conv:
         return self.output_shape[0] * math.prod(self.output_shape[2:])
 
     def apply(self, gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
+        """See `Geometry.apply`."""
         dims = len(self.stride)
         if gemm == "fprop":
-            return torch.ops.aten.convolution(
+            output: Tensor = torch.ops.aten.convolution(
                 a, b, None, self.stride, self.padding, self.dilation, False, (0,) * dims, self.groups
             )
+            return output
         # One operand of the backward product is only there for its shape.
         if gemm == "dgrad":
             g, w = a, b
@@ -139,6 +145,7 @@ class Conv:
         return results[0 if gemm == "dgrad" else 1]
 
     def sum_over(self, gemm: Gemm, operand: int, x: Tensor) -> Tensor:
+        """See `Geometry.sum_over`."""
         # A tensor of ones has equal channels, so one channel a group is computed and then repeated.
         images, in_channels, *spatial = self.input_shape
         out_channels, fan_in, *kernel = self.weight_shape

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .contract import Quantized, Quantizer, Spec, in_backward, quantize
+from .contract import NonFiniteCounter, Quantized, Quantizer, Spec, in_backward, quantize
 from .gradient import GradQuantizer
 from .grid import Grid, Nearest, Radix4, TwoPhase
-from .layer_scale import ExactGradScale, GradScaleState, GradScaleSpec, LayerGradScale, LossScale, vote
+from .layer_scale import ExactGradScale, GradScaleSpec, GradScaleState, LayerGradScale, LossScale, vote
 from .linear import MinMax, Sawb
 from .pact import Pact
 
@@ -19,6 +19,7 @@ __all__ = [
     "LossScale",
     "MinMax",
     "Nearest",
+    "NonFiniteCounter",
     "Pact",
     "Quantized",
     "Quantizer",

@@ -44,7 +44,9 @@ class Spec(abc.ABC):
         """
 
     def __str__(self) -> str:
-        shown = {name: value for name, value in vars(self).items() if value != type(self).__dataclass_fields__[name].default}
+        shown = {
+            name: value for name, value in vars(self).items() if value != type(self).__dataclass_fields__[name].default
+        }
         arguments = ", ".join(f"{k}={getattr(v, 'name', v)}" for k, v in shown.items())
         return f"{type(self).__name__}({arguments})"
 

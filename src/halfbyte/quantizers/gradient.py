@@ -60,7 +60,9 @@ class GradQuantizer(NonFiniteCounter):
         Called in the backward pass; observes the largest magnitude for the vote.
         """
         low, high = self.kernels.value_range(grad)
-        log2_scale = self.grad_scale.exponent(torch.maximum(low.abs(), high.abs()), scale_limit([self.dgrad, self.wgrad]))
+        log2_scale = self.grad_scale.exponent(
+            torch.maximum(low.abs(), high.abs()), scale_limit([self.dgrad, self.wgrad])
+        )
         clean, scale = self.screen(grad, power_of_two(-log2_scale), low, high, observe=True)
         wanted: list[Format] = list(dict.fromkeys(s.format for s in (self.dgrad, self.wgrad) if s is not None))
         packed = self.kernels.encode_each(clean, wanted, inv_scale=power_of_two(log2_scale))

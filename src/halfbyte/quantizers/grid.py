@@ -72,8 +72,11 @@ class Nearest(Grid):
     def __post_init__(self) -> None:
         if isinstance(self.fmt, str):
             object.__setattr__(self, "fmt", formats.get(self.fmt))
-        require(self.format.kind in ("log", "float"), f"Nearest(fmt={self.format.name})",
-                "formats with a sign and an exponent are possible; integers go through MinMax, Sawb or Pact")
+        require(
+            self.format.kind in ("log", "float"),
+            f"Nearest(fmt={self.format.name})",
+            "formats with a sign and an exponent are possible; integers go through MinMax, Sawb or Pact",
+        )
         require(self.scale in ("one", "amax"), f"Nearest(scale={self.scale!r})", "'one' or 'amax' is possible")
 
     @property

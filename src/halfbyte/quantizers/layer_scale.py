@@ -5,9 +5,9 @@ one octave a step, by a vote on where the largest scaled gradient lies. `ExactGr
 backward pass; `LossScale` is the one dynamic scale for a whole network that mixed-precision training uses. The last two
 are there to be compared with.
 
-State moves at one place. A backward pass only observes the largest magnitude; the vote is taken once per optimizer step,
-when the next training forward finds that the weights have changed. Gradient accumulation therefore votes once, with the
-largest magnitude of all its backward passes.
+State moves at one place. A backward pass only observes the largest magnitude; the vote is taken once per optimizer
+step, when the next training forward finds that the weights have changed. Gradient accumulation therefore votes once,
+with the largest magnitude of all its backward passes.
 """
 
 from __future__ import annotations

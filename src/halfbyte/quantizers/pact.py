@@ -1,7 +1,7 @@
 """PACT: an activation's clip is learned (Choi et al., arXiv 1805.06085).
 
-The clip is a parameter: the optimizer moves it, its weight decay pulls it down, and it is saved with the model. Where no
-first value is given, the first training batch chooses the one of least squared error.
+The clip is a parameter: the optimizer moves it, its weight decay pulls it down, and it is saved with the model. Where
+no first value is given, the first training batch chooses the one of least squared error.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _PactQuantizer(Quantizer):
         low, high = self.kernels.value_range(x)
         ready, sign = self._state()
         clip = self.clip.detach()
-        usable = x.numel() > 0 and (ready and sign >= 0 or bool(torch.isfinite(low) & torch.isfinite(high)))
+        usable = x.numel() > 0 and ((ready and sign >= 0) or bool(torch.isfinite(low) & torch.isfinite(high)))
         if sign < 0:
             sign = int(low < 0) if usable else 0
         if not ready and usable:
@@ -155,7 +155,8 @@ class _PactQuantizer(Quantizer):
 
     def _saved(self, x: Tensor, clip: Tensor, sign: int) -> tuple[Tensor | None, ...]:
         if not self.spec.plus:
-            saved: tuple[Tensor, Tensor | None] = self.kernels.clip_bits(x, -clip if sign else torch.zeros_like(clip), clip)
+            low = -clip if sign else torch.zeros_like(clip)
+            saved: tuple[Tensor, Tensor | None] = self.kernels.clip_bits(x, low, clip)
             return saved
         # PACT+: d(x_hat)/d(clip) is +-1 at and beyond the clip and (round z - z) / n inside, z = x / step.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -179,7 +180,8 @@ class _PactQuantizer(Quantizer):
     def extra_repr(self) -> str:
         ready, _ = self._state()
         fmt = self.format
-        return f"{fmt.name if fmt else 'sign not yet known'}, clip={f'{self.clip.item():.4g}' if ready else 'not yet known'}"
+        clip = f"{self.clip.item():.4g}" if ready else "not yet known"
+        return f"{fmt.name if fmt else 'sign not yet known'}, clip={clip}"
 
 
 def _best_clip(x: Tensor, low: Tensor, high: Tensor, levels: int, *, signed: bool) -> Tensor:

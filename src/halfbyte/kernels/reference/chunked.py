@@ -59,9 +59,11 @@ def _conv(which: Gemm, a: Tensor, b: Tensor, geo: Conv) -> Tensor:
     """A convolution as one matrix product a kernel tap and group."""
     pads = [p for pad in reversed(geo.padding) for p in (pad, pad)]
     out_spatial, kernel = geo.output_shape[2:], geo.weight_shape[2:]
-    padded_shape = (geo.input_shape[0], geo.input_shape[1], *(
-        size + 2 * pad for size, pad in zip(geo.input_shape[2:], geo.padding, strict=True)
-    ))
+    padded_shape = (
+        geo.input_shape[0],
+        geo.input_shape[1],
+        *(size + 2 * pad for size, pad in zip(geo.input_shape[2:], geo.padding, strict=True)),
+    )
     if which == "fprop":
         x, w, result = F.pad(a, pads), b, a.new_zeros(geo.output_shape, dtype=torch.float16)
     elif which == "dgrad":
@@ -77,7 +79,8 @@ def _conv(which: Gemm, a: Tensor, b: Tensor, geo: Conv) -> Tensor:
         for group in range(geo.groups):
             ins = slice(group * fan_in, (group + 1) * fan_in)
             outs = slice(group * fan_out, (group + 1) * fan_out)
-            seen, at = (slice(None), ins, *window), (outs, slice(None), *tap)
+            seen: tuple[slice, ...] = (slice(None), ins, *window)
+            at: tuple[slice | int, ...] = (outs, slice(None), *tap)
             if which == "fprop":
                 part = _add_chunks(_rows(x[seen]), w[at].t(), _rows(result[:, outs]))
                 result[:, outs] = _unrows(part, result[:, outs])

@@ -28,7 +28,7 @@ _SIGN_CLEARED = 0x7FFFFFFF
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What arithmetic on numbers of that type is done in: float64 for float64, else float32 (16-bit ones are widened)."""
+    """What arithmetic on numbers of that type is done in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -95,8 +95,10 @@ def _products(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> list[t
     planes_a, planes_b = planes(a), planes(b)
     if planes_a is None or planes_b is None:
         return [(1, _in_float64(which, a, b, geometry))]
-    limits = [min(q.format.max_integer, PLANE_LIMIT) if len(found) > 1 else q.format.max_integer
-              for q, found in ((a, planes_a), (b, planes_b))]
+    limits = [
+        min(q.format.max_integer, PLANE_LIMIT) if len(found) > 1 else q.format.max_integer
+        for q, found in ((a, planes_a), (b, planes_b))
+    ]
     k = geometry.reduction(which)
     bound = k * limits[0] * limits[1]
     # Processors without VNNI add pairs of (unsigned) 255 times the smaller operand in 16 bits: 255 * 64 * 2 < 2^15.

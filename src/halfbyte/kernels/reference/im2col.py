@@ -1,4 +1,4 @@
-"""wgrad of a convolution as an int8 matrix product: exact 32-bit sums, several times faster than float ones on a CPU."""
+"""wgrad of a convolution as an int8 matrix product: exact 32-bit sums, several times faster than float on a CPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def wgrad(planes_g: Sequence[Tensor], plane_x: Tensor, geometry: Conv) -> list[T
         right = patch.reshape(taps * in_channels, -1).t()  # x_P(TI)
         for total, plane in zip(totals, planes_g, strict=True):
             left = plane[start : start + count].transpose(0, 1).reshape(out_channels, -1)  # g_OP
-            total += torch._int_mm(left, right)
+            total.add_(torch._int_mm(left, right))
     return [_kernel_last(total, geometry) for total in totals]
 
 
