@@ -308,6 +308,14 @@ def test_files_are_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) < MAX_LINES
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda p: p.stem)
+def test_tests_state_their_claim(path: Path) -> None:
+    """Each test has a docstring: the claim that it makes."""
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    silent = [f.name for f in functions if f.name.startswith("test_") and not ast.get_docstring(f)]
+    assert not silent, f"{path.name}: no docstring in {', '.join(silent)}"
+
+
 def tracked_files() -> list[Path]:
     """What is in the repository or about to be: tracked and new files that git does not ignore."""
     listed = subprocess.run(

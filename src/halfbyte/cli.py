@@ -50,9 +50,9 @@ def _examples(*lines: str) -> str:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from .lab.record import versions
+        from . import __version__
 
-        typer.echo(f"halfbyte {versions()['halfbyte']}")
+        typer.echo(f"halfbyte {__version__}")
         raise typer.Exit
 
 
@@ -237,10 +237,7 @@ def recipes(
 
     console = Console()
     if name is not None:
-        chosen = get(name)
-        console.print(f"{chosen.name}: {chosen.description}", markup=False, highlight=False)
-        console.print(f"Source: {chosen.source}\n", markup=False, highlight=False)
-        console.print(str(chosen), markup=False, highlight=False)
+        console.print(str(get(name)), markup=False, highlight=False, soft_wrap=True)
         return
     table = Table(title="Recipes", caption="One in full: halfbyte recipes NAME", caption_justify="left")
     table.add_column("name", no_wrap=True)

@@ -26,7 +26,9 @@ _LEFT_ALONE = "_halfbyte_left_alone"
 _TWIN_CLASSES = tuple(TWINS.values())
 
 
-def convert(model: Model, recipe: str | Recipe, rules: Sequence[Rule] = (), *, backend: str = "reference") -> Model:
+def convert(
+    model: Model, recipe: str | Recipe, rules: Sequence[Rule] = (), *, backend: str = "reference", seed: int = 0
+) -> Model:
     """Puts a model's linear and convolution layers under a recipe, in place.
 
     Each layer asks the given rules, then the recipe's own, in order; the first that matches names its recipe, else it
@@ -39,6 +41,7 @@ def convert(model: Model, recipe: str | Recipe, rules: Sequence[Rule] = (), *, b
         recipe: a `Recipe` or the name of one in `RECIPES`.
         rules: asked first, in order.
         backend: a name in `halfbyte.kernels.BACKENDS`; ``"reference"`` is emulation in plain PyTorch.
+        seed: for recipes that round at random; equal seeds give equal runs.
 
     Returns:
         The same model.
@@ -69,7 +72,7 @@ def convert(model: Model, recipe: str | Recipe, rules: Sequence[Rule] = (), *, b
             f"{', '.join(f'{layer.fqn or type(model).__name__} ({why})' for layer, _, why in plans)}. "
             f"Name the layers to convert: rules=[Rule(fqn='...', recipe={chosen.name!r})]."
         )
-    _apply(plans, backend)
+    _apply(plans, backend, seed)
     return model
 
 
@@ -249,7 +252,7 @@ def _check_used(layers: list[LayerInfo], rules: Sequence[Rule], used: set[int]) 
         raise ConversionError(f"Rule {number} ({rule}) matches no layer. The model's layers are:\n{listed}")
 
 
-def _apply(plans: list[tuple[LayerInfo, Recipe, str]], backend: str) -> None:
+def _apply(plans: list[tuple[LayerInfo, Recipe, str]], backend: str, seed: int) -> None:
     shared: dict[GradScaleSpec, GradScaleState] = {}
     for layer, recipe, why in plans:
         module = layer.module
@@ -261,4 +264,5 @@ def _apply(plans: list[tuple[LayerInfo, Recipe, str]], backend: str) -> None:
         scale = None
         if recipe.grad_scale is not None and recipe.grad_scale.shared:
             scale = shared.setdefault(recipe.grad_scale, recipe.grad_scale.build(device=weight.device))
-        adopt(module, Plan(recipe, device=weight.device, backend=backend, shared_scale=scale), why)
+        plan = Plan(recipe, device=weight.device, backend=backend, shared_scale=scale, seed=seed, layer=layer.index)
+        adopt(module, plan, why)

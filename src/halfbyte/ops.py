@@ -49,6 +49,8 @@ class Plan(nn.Module):
         device: torch.device | None = None,
         backend: str = "reference",
         shared_scale: GradScaleState | None = None,
+        seed: int = 0,
+        layer: int = 0,
     ) -> None:
         """Fresh state for a recipe.
 
@@ -57,6 +59,8 @@ class Plan(nn.Module):
             device: where the state lives.
             backend: a name in `halfbyte.kernels.BACKENDS`.
             shared_scale: the model's one gradient scale, for a recipe that has one (`GradScaleSpec.shared`).
+            seed: what random rounding draws from, with the layer's number and the step.
+            layer: the layer's number in its model.
 
         Raises:
             UnknownNameError: if there is no such backend.
@@ -77,7 +81,13 @@ class Plan(nn.Module):
         if recipe.grad_scale is not None:
             scale = shared_scale if shared_scale is not None else recipe.grad_scale.build(device=device)
             grad_output = GradQuantizer(
-                recipe.dgrad.grad_output, recipe.wgrad.grad_output, scale, device=device, backend=backend
+                recipe.dgrad.grad_output,
+                recipe.wgrad.grad_output,
+                scale,
+                device=device,
+                backend=backend,
+                seed=seed,
+                layer=layer,
             )
         self.register_module("grad_output", grad_output)
         self._weight_version: int | None = None

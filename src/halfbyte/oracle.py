@@ -18,7 +18,7 @@ from fractions import Fraction
 
 from .formats import Format, Phase
 
-__all__ = ["decode", "encode", "matmul", "quantize", "round", "to_binary"]
+__all__ = ["decode", "encode", "encode_stochastic", "matmul", "quantize", "round", "to_binary"]
 
 Number = Fraction | int | float
 
@@ -80,6 +80,26 @@ def _nearest_even(fmt: Format, x: Fraction) -> int:
     """The nearest of the table's non-negative values; of two equally near ones the even code."""
     codes = [c for c in range(1 << (fmt.bits - fmt.signed)) if fmt.integers[c] is not None]
     return min(codes, key=lambda c: (abs(decode(fmt, c) - x), c % 2))
+
+
+def encode_stochastic(fmt: Format, x: Number, noise: Number) -> int:
+    """The code of one of the two values around x: the farther from zero if the noise is below x's share of the way.
+
+    Over noise that is uniform in [0, 1) the mean of the results is x, for |x| up to the largest value.
+
+    Args:
+        fmt: a format with a sign bit.
+        x: a finite number.
+        noise: in [0, 1).
+    """
+    exact = abs(Fraction(x))
+    negative = math.copysign(1.0, x) < 0 if isinstance(x, float) else x < 0
+    levels = [(decode(fmt, c), c) for c in range(1 << (fmt.bits - 1)) if fmt.integers[c] is not None]
+    below, code = max(pair for pair in levels if pair[0] <= exact)
+    above = [pair for pair in levels if pair[0] > exact]
+    if above and Fraction(noise) * (min(above)[0] - below) < exact - below:
+        code = min(above)[1]
+    return code | (1 << (fmt.bits - 1) if negative else 0)
 
 
 def round(fmt: Format, x: Number) -> Fraction:

@@ -167,6 +167,8 @@ class Recipe:
             if spec is not None and not isinstance(spec, wanted):
                 kinds = "Radix4, Nearest" if wanted is Grid else "a Spec" if wanted is Spec else "a Spec or REUSE"
                 raise SpecError(f"Recipe {self.name!r}: {name}={spec!r} was given; {kinds} or None is possible there.")
+            if isinstance(spec, Grid) and spec.stochastic and not name.endswith("grad_output"):
+                raise SpecError(f"Recipe {self.name!r}: {name}={spec}; random rounding is for grad_output slots.")
         if self.quantizes_gradient != (self.grad_scale is not None):
             cure = "give grad_scale=LayerGradScale()" if self.quantizes_gradient else "leave grad_scale out"
             raise SpecError(

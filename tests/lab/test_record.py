@@ -69,7 +69,7 @@ def test_cut_file(done, tmp_path):
     path = tmp_path / "record.json"
     record.write(done, path)
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(RecordError, match="is damaged or no record.*Delete it and run again"):
+    with pytest.raises(RecordError, match=r"is damaged or no record.*Delete it and run again"):
         record.read(path)
 
 

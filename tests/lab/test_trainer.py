@@ -14,6 +14,7 @@ from types import MappingProxyType
 import pytest
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
 from halfbyte.errors import HalfbyteError, UnknownNameError
 from halfbyte.lab import checkpoint, guard, record, tasks, trainer
@@ -118,6 +119,23 @@ def test_interrupted_run_ends_in_the_same_bits(recipe, batch, unbroken, tmp_path
     assert record.read(tmp_path / "record.json") == resumed
 
 
+def test_generator_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """A network that draws random numbers itself (dropout) also ends in the same bits after an interruption."""
+    digits = tasks.get("digits")
+
+    def with_dropout():
+        return nn.Sequential(digits.models["mlp"](), nn.Dropout(0.5))
+
+    task = dataclasses.replace(digits, models=MappingProxyType({"cnn": with_dropout}))
+    monkeypatch.setattr(tasks, "TASKS", {"digits": task})
+    train("digits", "fp32", 1, size="smoke", out_dir=tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    with pytest.raises(Interrupted):
+        train("digits", "fp32", 1, size="smoke", out_dir=broken, progress=stop_at(9, signal.SIGINT))
+    train("digits", "fp32", 1, size="smoke", resume=broken)
+    assert_same_bits(end(broken), end(tmp_path / "unbroken"))
+
+
 def test_interrupted_twice(unbroken, tmp_path):
     """A resumed run can be interrupted again, by SIGTERM too, in the same epoch."""
     with pytest.raises(Interrupted):
@@ -143,7 +161,10 @@ def test_killed_run_ends_in_the_same_bits(recipe, batch, unbroken, tmp_path):
 
         train("digits", {recipe!r}, 1, size="smoke", out_dir=Path({str(tmp_path)!r}), progress=watch)
     """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     steps = []
@@ -229,7 +250,7 @@ def test_finished_run_is_not_repeated(unbroken):
 
 def test_folder_with_a_run_is_not_overwritten(unbroken):
     """A new run refuses a folder that holds one."""
-    with pytest.raises(HalfbyteError, match="already holds a run. Go on with it"):
+    with pytest.raises(HalfbyteError, match=r"already holds a run\. Go on with it"):
         train("digits", "fp32", 1, size="smoke", out_dir=unbroken["fp32"][0])
 
 
@@ -288,7 +309,7 @@ def test_test_loss_must_be_finite_too(monkeypatch):
 
 
 def test_caller_keeps_generator_handlers_and_choices(tmp_path):
-    """A run, finished or interrupted, leaves torch's generator, its determinism and the signal handlers as they were."""
+    """A run, finished or interrupted, leaves torch's generator and determinism and the signal handlers as they were."""
     torch.manual_seed(9)
     before = torch.get_rng_state(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     for batch in (5, 10**9):
@@ -304,8 +325,13 @@ def test_run_without_folder_writes_nothing(tmp_path, monkeypatch):
     """Without a folder nothing is kept, and Ctrl-C is an ordinary KeyboardInterrupt."""
     monkeypatch.chdir(tmp_path)
     train("digits", "fp32", 0, size="smoke", model="mlp")
-    with pytest.raises(KeyboardInterrupt) as stop:
-        train("digits", "fp32", 0, size="smoke", model="mlp", progress=stop_at(3, signal.SIGINT))
+    # A shell that starts the tests in the background has told them to ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            train("digits", "fp32", 0, size="smoke", model="mlp", progress=stop_at(3, signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not isinstance(stop.value, Interrupted)
     assert list(tmp_path.iterdir()) == []
 
@@ -322,7 +348,7 @@ def test_record_tells_the_whole_run(unbroken):
 
 
 def test_saved_bytes_of_fp32_by_hand():
-    """In FP32 the MLP keeps for a batch of 64 its three inputs, and the log-probabilities are the loss's, not its own."""
+    """In FP32 the MLP keeps for a batch of 64 its three inputs and nothing else: what the loss keeps is its own."""
     done = train("digits", "fp32", 0, size="smoke", model="mlp")
     # Each ReLU's output is the next layer's input: one storage. Linear 1 keeps (64, 64), the other two (64, 256).
     assert done.saved_bytes == 4 * 64 * (64 + 256 + 256)

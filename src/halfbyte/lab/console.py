@@ -25,9 +25,9 @@ class Watcher:
     def __init__(self, console: Console, metric: str, unit: str) -> None:
         self._bars = Bars(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TextColumn("train loss {task.fields[loss]:.3f},"),
+            TextColumn("loss {task.fields[loss]:.3f},"),
             TextColumn(f"{metric} {{task.fields[score]:.1f}} {unit},"),
             TextColumn("{task.fields[rate]:,.0f} samples/s"),
             console=console,
@@ -54,7 +54,7 @@ class Watcher:
 
 
 def comparison_table(result: Comparison) -> Table:
-    """Mean, deviation and gap of every recipe, and what it cost next to the baseline."""
+    """Mean, deviation and gap of every recipe, and its time next to the baseline's."""
     paired = any(entry.paired for entry in result.summary.values())
     table = Table(
         title=f"{result.task}: {result.metric} on the test data",
@@ -67,7 +67,6 @@ def comparison_table(result: Comparison) -> Table:
     table.add_column(f"gap to {result.baseline}", justify="right")
     if paired:
         table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_column("kept for backward", justify="right")
     table.add_column("time (emulation)", justify="right")
     for name, entry in result.summary.items():
         table.add_row(name, *_cells(entry, paired=paired))
@@ -77,13 +76,13 @@ def comparison_table(result: Comparison) -> Table:
 def _cells(entry: Summary, *, paired: bool) -> list[str]:
     """One recipe's cells, without its name."""
     if entry.mean is None:
-        return ["diverged", *["-"] * (4 if paired else 3)]
+        return ["diverged", *["-"] * (3 if paired else 2)]
     gap = "-" if entry.gap is None else f"{entry.gap:+.2f}"
     interval = (
         [] if not paired else ["-" if not entry.paired else f"{entry.paired.low:+.2f} to {entry.paired.high:+.2f}"]
     )
-    ratios = [entry.saved_bytes_ratio, entry.time_ratio]
-    return [f"{entry.mean:.2f} ± {entry.std:.2f}", gap, *interval, *("-" if r is None else f"{r:.2f}×" for r in ratios)]
+    time = "-" if entry.time_ratio is None else f"{entry.time_ratio:.2f}×"
+    return [f"{entry.mean:.2f} ± {entry.std:.2f}", gap, *interval, time]
 
 
 def _caption(result: Comparison, *, paired: bool) -> str:
@@ -91,7 +90,7 @@ def _caption(result: Comparison, *, paired: bool) -> str:
     seeds = len({r.seed for r in result.records} | {f.seed for f in result.failures})
     lines = [
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}; mean ± sample standard deviation; the last epoch counts.",
-        f"Bytes and time are multiples of {result.baseline}'s. Four bits are emulated: no statement about hardware.",
+        f"Time is a multiple of {result.baseline}'s. Four bits are emulated: it says nothing about hardware.",
     ]
     if paired:
         lines.append("95 % interval: Student's t on the differences seed by seed.")

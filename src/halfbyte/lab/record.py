@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -95,7 +96,9 @@ class Record:
                 raise RecordError(f"A record's {part.name!r} must be {part.type}, but is {value!r}.")
 
 
-_TYPES = MappingProxyType({"str": str, "int": int, "bool": bool, "float": (int, float), "dict": dict, "list": list})
+_TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
+    {"str": str, "int": int, "bool": bool, "float": (int, float), "dict": dict, "list": list}
+)
 
 
 def write(record: Record, path: Path) -> None:

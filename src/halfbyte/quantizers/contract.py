@@ -119,10 +119,12 @@ class Quantizer(NonFiniteCounter, abc.ABC):
     Attributes:
         spec: what it was built from.
         clip: the learned clip, or None.
+        seed: what random rounding outside a layer draws from, or None.
     """
 
     spec: Spec
     clip: nn.Parameter | None
+    seed: int | None = None
 
     def __init__(self, spec: Spec, *, device: torch.device | None = None, backend: str = "reference") -> None:
         super().__init__(device=device, backend=backend)
@@ -176,7 +178,7 @@ def require(condition: bool, asked: object, possible: str) -> None:
         raise SpecError(f"{asked} was asked for; {possible}.")
 
 
-def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None) -> QTensor:
+def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None, *, seed: int | None = None) -> QTensor:
     """One tensor to codes, without a model.
 
     Args:
@@ -184,18 +186,22 @@ def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None) -> QTen
         spec: for example ``MinMax(bits=4)``, ``Sawb()``, ``Pact(clip=6.0)`` or ``Radix4()``.
         scale: a step to use instead of what the spec would measure; rounded to float32. With a given or fixed scale
             infinities saturate. NaN anywhere makes the scale NaN.
+        seed: for a spec that rounds at random, and only for one; equal seeds give equal codes.
 
     Returns:
         Codes with ``x_hat = scale * (value - zero_point)``.
 
     Raises:
         TypeError: if x is not a floating tensor.
-        SpecError: if the scale is not above zero or the spec cannot take one.
+        SpecError: if the scale is not above zero, or a seed is missing or would do nothing.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"quantize takes a floating torch.Tensor; got {kind}. Convert it with .float().")
+    random = getattr(spec, "stochastic", False)
+    require(seed is None or random, f"seed={seed} with {spec}", "a seed is for a spec that rounds at random")
     quantizer = spec.build(device=x.device)
+    quantizer.seed = seed
     if scale is None:
         return quantizer.quantize(x.detach()).q
     step = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..formats import Format, Phase
+from ..formats import Phase
 from ..qtensor import QTensor
+from ..rng import uniform
 from .contract import NonFiniteCounter
 from .grid import Grid, power_of_two
 from .layer_scale import GradScaleState
@@ -37,7 +38,12 @@ class GradQuantizer(NonFiniteCounter):
         dgrad: spec of ``dgrad.grad_output``; None leaves it in floating point.
         wgrad: spec of ``wgrad.grad_output``; None leaves it in floating point.
         grad_scale: the scale's state, perhaps shared with other layers.
+        seed: what random rounding draws from, with the layer's number and the step.
+        layer: the layer's number in its model.
+        step: how many gradients have been quantized; int64 of shape ().
     """
+
+    step: Tensor
 
     def __init__(
         self,
@@ -47,12 +53,17 @@ class GradQuantizer(NonFiniteCounter):
         *,
         device: torch.device | None = None,
         backend: str = "reference",
+        seed: int = 0,
+        layer: int = 0,
     ) -> None:
         assert dgrad or wgrad, "a gradient quantizer with nothing to quantize"
         super().__init__(device=device, backend=backend)
         self.dgrad = dgrad
         self.wgrad = wgrad
         self.grad_scale = grad_scale
+        self.seed = seed
+        self.layer = layer
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
 
     def quantize_pair(self, grad: Tensor) -> tuple[QTensor | Tensor, QTensor | Tensor]:
         """(for_dgrad, for_wgrad), each codes or, where its spec is None, the gradient itself.
@@ -64,12 +75,23 @@ class GradQuantizer(NonFiniteCounter):
             torch.maximum(low.abs(), high.abs()), scale_limit([self.dgrad, self.wgrad])
         )
         clean, scale = self.screen(grad, power_of_two(-log2_scale), low, high, observe=True)
-        wanted: list[Format] = list(dict.fromkeys(s.format for s in (self.dgrad, self.wgrad) if s is not None))
-        packed = self.kernels.encode_each(clean, wanted, inv_scale=power_of_two(log2_scale))
-        made = {fmt: QTensor(qdata, scale, fmt, grad.shape) for fmt, qdata in zip(wanted, packed, strict=True)}
-        for_dgrad = grad if self.dgrad is None else made[self.dgrad.format]
-        for_wgrad = grad if self.wgrad is None else made[self.wgrad.format]
-        return for_dgrad, for_wgrad
+        inv_scale = power_of_two(log2_scale)
+        fixed = dict.fromkeys(s.format for s in (self.dgrad, self.wgrad) if s is not None and not s.stochastic)
+        packed = dict(zip(fixed, self.kernels.encode_each(clean, tuple(fixed), inv_scale=inv_scale), strict=True))
+
+        def codes(spec: Grid | None, operand: int) -> QTensor | Tensor:
+            if spec is None:
+                return grad
+            if spec.stochastic:
+                noise = uniform(grad.numel(), seed=self.seed, layer=self.layer, step=self.step, operand=operand)
+                qdata = self.kernels.encode_stochastic(clean, spec.format, inv_scale=inv_scale, noise=noise)
+            else:
+                qdata = packed[spec.format]
+            return QTensor(qdata, scale, spec.format, grad.shape)
+
+        pair = codes(self.dgrad, 0), codes(self.wgrad, 1)
+        self.step += 1
+        return pair
 
     def extra_repr(self) -> str:
         return f"dgrad: {self.dgrad}, wgrad: {self.wgrad}"

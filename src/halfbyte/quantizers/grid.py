@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import formats
 from ..formats import Format, Phase, fp4_e3m0_r4, fp4_e3m0_r4_odd
 from ..qtensor import QTensor
+from ..rng import uniform
 from .contract import Quantized, Quantizer, Spec, require, without_nan
 
 __all__ = ["Grid", "Nearest", "Radix4", "TwoPhase", "largest_log2_scale", "power_of_two"]
@@ -34,6 +35,11 @@ class Grid(Spec):
         """The scale where nobody gives one: 1, or the power of two that brings the largest magnitude just inside."""
         return "one"
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding draws random numbers."""
+        return False
+
     def build(self, *, device: torch.device | None = None, backend: str = "reference") -> Quantizer:
         return _GridQuantizer(self, device=device, backend=backend)
 
@@ -44,12 +50,21 @@ class Radix4(Grid):
 
     Attributes:
         phase: `Phase.EVEN` has the levels 4^-3 ... 4^3, `Phase.ODD` half of them.
+        rounding: ``"nearest"``, or ``"stochastic"``: up or down at random, so that the mean over many draws is the
+            number itself (inside the format's range). What the two phases are compared with.
     """
 
     phase: Phase = Phase.EVEN
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
         require(isinstance(self.phase, Phase), f"Radix4(phase={self.phase!r})", "Phase.EVEN or Phase.ODD is possible")
+        known = self.rounding in ("nearest", "stochastic")
+        require(known, f"Radix4(rounding={self.rounding!r})", "'nearest' or 'stochastic' is possible")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding == "stochastic"
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -129,14 +144,23 @@ class _GridQuantizer(Quantizer):
             log2_scale = largest_log2_scale(amax, fmt.max).clamp(-126, 126)
         scale = power_of_two(-log2_scale)
         x, screened = self.screen(x, scale, low, high, observe=observe)
-        qdata = self.kernels.encode(x, fmt, inv_scale=scale.reciprocal())
-        return Quantized(QTensor(qdata, screened, fmt, x.shape))
+        return Quantized(QTensor(self._encode(x, scale), screened, fmt, x.shape))
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         low, high = self.kernels.value_range(x)
-        fmt = self.spec.format
         clean, kept = without_nan(x, scale, low, high)
-        return QTensor(self.kernels.encode(clean, fmt, inv_scale=scale.reciprocal()), kept, fmt, x.shape)
+        return QTensor(self._encode(clean, scale), kept, self.spec.format, x.shape)
+
+    def _encode(self, x: Tensor, scale: Tensor) -> Tensor:
+        inv_scale = scale.reciprocal()
+        if not self.spec.stochastic:
+            codes: Tensor = self.kernels.encode(x, self.spec.format, inv_scale=inv_scale)
+            return codes
+        require(self.seed is not None, f"{self.spec} without a seed", "quantize(x, spec, seed=...) gives one")
+        assert self.seed is not None
+        first = torch.zeros((), dtype=torch.int64, device=x.device)
+        noise = uniform(x.numel(), seed=self.seed, layer=0, step=first, operand=0)
+        return self.kernels.encode_stochastic(x, self.spec.format, inv_scale=inv_scale, noise=noise)
 
 
 def largest_log2_scale(amax: Tensor, limit: float) -> Tensor:

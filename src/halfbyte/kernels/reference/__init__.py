@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .clip import clip_backward, clip_bits
 from .decode import decode, planes
-from .encode import encode, encode_each, has_nonfinite, moments, stable_sum, value_range
+from .encode import encode, encode_each, encode_stochastic, has_nonfinite, moments, stable_sum, value_range
 from .gemm import accumulators, gemm
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "decode",
     "encode",
     "encode_each",
+    "encode_stochastic",
     "gemm",
     "has_nonfinite",
     "moments",

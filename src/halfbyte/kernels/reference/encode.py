@@ -106,6 +106,32 @@ def encode_each(x: Tensor, fmts: Sequence[Format], *, inv_scale: Tensor) -> tupl
     return _encode(x, tuple(fmts), inv_scale, None, 0, None)
 
 
+def encode_stochastic(x: Tensor, fmt: Format, *, inv_scale: Tensor, noise: Tensor) -> Tensor:
+    """The packed codes of a tensor rounded to one of the two values around each element, unbiased.
+
+    ``|x * inv_scale|`` goes up if ``noise * (above - below)`` is less than what it exceeds `below` by, computed in
+    float64, where all of that is exact.
+
+    Args:
+        x: numbers but no NaN, of any floating type and shape.
+        fmt: a format with a sign bit.
+        inv_scale: reciprocal of the scale, float32 of shape ().
+        noise: float32 of shape (x.numel(),), uniform in [0, 1).
+
+    Returns:
+        uint8 as `encode` returns.
+    """
+    scaled = x.detach().reshape(-1).to(wide_dtype(x.dtype)) * inv_scale
+    magnitude = scaled.abs().double()
+    codes = torch.tensor([code for code, _ in fmt.levels], dtype=torch.uint8, device=x.device)
+    values = torch.tensor([fmt.values[code] for code, _ in fmt.levels], dtype=torch.float64, device=x.device)
+    index = torch.bucketize(magnitude, values, right=True).sub_(1)
+    below, above = values[index], values[(index + 1).clamp_max_(len(values) - 1)]
+    index += noise * (above - below) < magnitude - below
+    found = codes[index.clamp_max_(len(values) - 1)]
+    return pack(found.bitwise_or_(torch.signbit(scaled).to(torch.uint8) << (fmt.bits - 1)), fmt.bits)
+
+
 def _encode(
     x: Tensor,
     fmts: tuple[Format, ...],

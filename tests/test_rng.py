@@ -1,0 +1,119 @@
+"""Counter-based random numbers, and the rounding that draws them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfbyte as hb
+from halfbyte import oracle
+from halfbyte.errors import SpecError
+from halfbyte.recipes import Dgrad, Fprop, Wgrad
+from halfbyte.rng import philox, uniform
+
+STOCHASTIC = hb.Radix4(rounding="stochastic")
+
+
+def draw(n: int, *, seed: int = 1, layer: int = 2, step: int = 3, operand: int = 0) -> Tensor:
+    """Numbers for one use."""
+    return uniform(n, seed=seed, layer=layer, step=torch.tensor(step), operand=operand)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter: list[int], key: list[int], words: list[int]) -> None:
+    """The known answers of the Random123 distribution for philox4x32 with ten rounds."""
+    found = philox(tuple(torch.tensor([c]) for c in counter), (key[0], key[1]))  # type: ignore[arg-type]
+    assert [int(w) for w in found] == words
+
+
+def test_numbers_lie_in_the_unit_interval_and_fill_it() -> None:
+    """100,000 numbers lie in [0, 1), on the grid of 2^-24, with the mean and variance of a uniform law (5 sigma)."""
+    u = draw(100_000)
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert torch.equal(u * 2**24, (u * 2**24).round())
+    assert abs(float(u.double().mean()) - 0.5) < 5 * (1 / 12 / 1e5) ** 0.5
+    assert abs(float(u.double().var()) - 1 / 12) < 5 * (1 / 180 / 1e5) ** 0.5
+
+
+@pytest.mark.parametrize("other", [{"seed": 2}, {"seed": 1 + 2**32}, {"layer": 3}, {"step": 4}, {"operand": 1}])
+def test_every_part_of_the_key_matters(other: dict[str, int]) -> None:
+    """Another seed, layer, step or operand gives other numbers."""
+    assert not torch.equal(draw(64), draw(64, **other))
+
+
+def test_a_number_depends_on_its_place_only() -> None:
+    """The first numbers of a long draw are those of a short one."""
+    assert torch.equal(draw(1000)[:77], draw(77))
+
+
+def test_stochastic_rounding_equals_the_oracle() -> None:
+    """Each code is the oracle's for the same number and noise, beyond the range and at every value too."""
+    fmt = STOCHASTIC.format
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(500) * torch.exp(4 * torch.randn(500)), torch.tensor(fmt.values), torch.tensor([1e9])])
+    noise = uniform(len(x), seed=5, layer=0, step=torch.tensor(0), operand=0)
+    found = hb.quantize(x, STOCHASTIC, seed=5).codes()
+    expected = [oracle.encode_stochastic(fmt, a, b) for a, b in zip(x.tolist(), noise.tolist(), strict=True)]
+    assert found.tolist() == expected
+
+
+def test_stochastic_rounding_is_unbiased_and_nearest_is_not() -> None:
+    """The mean over 40,000 draws is the number itself (5 sigma); nearest rounding of the same number is 27 % off."""
+    x = torch.full((40_000,), 1.37)
+    values = hb.quantize(x, STOCHASTIC, seed=0).dequantize().double()
+    assert set(values.tolist()) == {1.0, 4.0}
+    sigma = ((1.37 - 1) * (4 - 1.37) / len(x)) ** 0.5
+    assert abs(float(values.mean()) - float(x[0])) < 5 * sigma
+    assert hb.quantize(x[:1], hb.Radix4()).dequantize().item() == 1.0
+
+
+def test_a_seed_is_asked_for_exactly_where_it_acts() -> None:
+    """Random rounding without a seed raises, and so does a seed without random rounding."""
+    with pytest.raises(SpecError, match="without a seed"):
+        hb.quantize(torch.ones(3), STOCHASTIC)
+    with pytest.raises(SpecError, match="rounds at random"):
+        hb.quantize(torch.ones(3), hb.Radix4(), seed=1)
+    with pytest.raises(SpecError, match="random rounding is for grad_output"):
+        hb.Recipe(name="x", fprop=Fprop(weight=STOCHASTIC))
+
+
+def gradients(seed: int, steps: int) -> list[Tensor]:
+    """grad_weight of a layer under stochastic gradients, step by step."""
+    recipe = replace(
+        hb.RECIPES["ibm2020"],
+        name="stochastic",
+        dgrad=Dgrad(grad_output=STOCHASTIC),
+        wgrad=Wgrad(grad_output=STOCHASTIC),
+    )
+    torch.manual_seed(0)
+    layer = hb.convert(nn.Linear(16, 16), recipe, seed=seed)
+    x, g = torch.rand(8, 16), torch.randn(8, 16)
+    found = []
+    for _ in range(steps):
+        layer.zero_grad()
+        layer(x).backward(g)
+        found.append(layer.weight.grad.clone())
+    return found
+
+
+def test_a_layer_draws_anew_each_step_and_the_same_in_every_run() -> None:
+    """Equal seeds give equal runs; another seed and another step give other gradients."""
+    first, again, other = gradients(0, 2), gradients(0, 2), gradients(1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
