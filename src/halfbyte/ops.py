@@ -6,7 +6,6 @@ keeps packed codes, scales and, where a learned clip needs it, one bit an elemen
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +93,7 @@ class Plan(nn.Module):
         self._passed_over = False
 
     @property
-    def kernels(self) -> ModuleType:
+    def kernels(self) -> kernels.Backend:
         """The backend's functions."""
         return kernels.get(self.backend)
 
@@ -247,10 +246,10 @@ class _ThreeGemms(torch.autograd.Function):
 
         xq, x_saved = encode(plan.input, wide_x, need_dgrad)
         wq, w_saved = encode(plan.weight, wide_w, need_wgrad)
-        result: Tensor = plan.kernels.gemm("fprop", xq, wq, geometry, accumulate=plan.recipe.accumulate)
+        result = plan.kernels.gemm("fprop", xq, wq, geometry, accumulate=plan.recipe.accumulate)
         if bias is not None:
             result += bias.to(result.dtype).view(-1, *(1,) * (result.dim() - 2))
-        ctx.plan, ctx.geometry = plan, geometry
+        ctx.plan, ctx.geometry, ctx.observe = plan, geometry, observe
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.need = (need_dgrad, need_wgrad)
         # dgrad multiplies the weight and then passes the input's clip; wgrad the other way round.
@@ -279,7 +278,7 @@ class _ThreeGemms(torch.autograd.Function):
         for_dgrad: QTensor | Tensor = grad
         for_wgrad: QTensor | Tensor = grad
         if plan.grad_output is not None:
-            for_dgrad, for_wgrad = plan.grad_output.quantize_pair(grad)
+            for_dgrad, for_wgrad = plan.grad_output.quantize_pair(grad, observe=ctx.observe)
         grads: list[Tensor | None] = [None] * 8
         if ctx.need[0]:
             grad_x = plan.kernels.gemm("dgrad", for_dgrad, dgrad_w, ctx.geometry, accumulate=accumulate)

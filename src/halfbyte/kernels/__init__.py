@@ -1,25 +1,92 @@
 """The table of backends: who turns tensors into codes and multiplies codes.
 
-Every backend is a module with the same functions, and every one equals `reference` bit for bit: codes, masks,
+Every backend is a module with the functions of `Backend`, and every one equals `reference` bit for bit: codes, masks,
 statistics, and the exact integer sums of the three GEMMs. `reference` computes on codes in plain PyTorch; training on
 it shows what four bits do to accuracy and is called *emulation*, not 4-bit execution.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
 
 from ..errors import UnknownNameError
+from ..formats import Format
+from ..qtensor import QTensor
 from . import reference
 from .geometry import Conv, Gemm, Geometry, Linear
 from .reference.gemm import Accumulate
 
-__all__ = ["BACKENDS", "Accumulate", "Conv", "Gemm", "Geometry", "Linear", "get"]
-
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+__all__ = ["BACKENDS", "Accumulate", "Backend", "Conv", "Gemm", "Geometry", "Linear", "get"]
 
 
-def get(name: str) -> ModuleType:
+class Backend(Protocol):
+    """What a backend can do. The functions of `halfbyte.kernels.reference` say what each means."""
+
+    def value_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest element."""
+        ...
+
+    def has_nonfinite(self, low: Tensor, high: Tensor) -> Tensor:
+        """Whether a tensor of that range held a NaN or an infinity."""
+        ...
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The means of |x| and of x^2."""
+        ...
+
+    def stable_sum(self, x: Tensor) -> Tensor:
+        """A sum that does not depend on the number of threads."""
+        ...
+
+    def encode(
+        self,
+        x: Tensor,
+        fmt: Format,
+        *,
+        inv_scale: Tensor,
+        low: Tensor | None = None,
+        offset: int = 0,
+        code_range: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Packed codes."""
+        ...
+
+    def encode_each(self, x: Tensor, fmts: Sequence[Format], *, inv_scale: Tensor) -> tuple[Tensor, ...]:
+        """Packed codes in several formats."""
+        ...
+
+    def encode_stochastic(self, x: Tensor, fmt: Format, *, inv_scale: Tensor, noise: Tensor) -> Tensor:
+        """Packed codes, rounded at random."""
+        ...
+
+    def clip_bits(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Packed bits: inside a clip, and exactly at it."""
+        ...
+
+    def clip_backward(self, grad: Tensor, q: QTensor, inside: Tensor, ties: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradients of a clipped tensor and of its clip."""
+        ...
+
+    def gemm(
+        self,
+        which: Gemm,
+        a: QTensor | Tensor,
+        b: QTensor | Tensor,
+        geometry: Geometry,
+        *,
+        accumulate: Accumulate = "exact",
+    ) -> Tensor:
+        """One of a layer's three GEMMs."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference}
+
+
+def get(name: str) -> Backend:
     """The backend of that name.
 
     Raises:

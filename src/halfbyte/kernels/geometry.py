@@ -39,7 +39,7 @@ class Geometry(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """y_NO = x_NI @ w_OI.T
+    """The matrix product y_NO = x_NI @ w_OI.T.
 
     Attributes:
         rows: N.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import abc
 import warnings
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -79,7 +78,7 @@ class NonFiniteCounter(nn.Module):
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64, device=device))
 
     @property
-    def kernels(self) -> ModuleType:
+    def kernels(self) -> kernels.Backend:
         """The backend's functions."""
         return kernels.get(self.backend)
 
@@ -99,7 +98,7 @@ class NonFiniteCounter(nn.Module):
         Returns:
             x with numbers in the place of NaN and infinity, and the scale or NaN.
         """
-        bad: Tensor = self.kernels.has_nonfinite(low, high)
+        bad = self.kernels.has_nonfinite(low, high)
         if bad.device.type == "cpu":
             if not bad:
                 return x, scale

@@ -65,16 +65,20 @@ class GradQuantizer(NonFiniteCounter):
         self.layer = layer
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
 
-    def quantize_pair(self, grad: Tensor) -> tuple[QTensor | Tensor, QTensor | Tensor]:
+    def quantize_pair(self, grad: Tensor, *, observe: bool = True) -> tuple[QTensor | Tensor, QTensor | Tensor]:
         """(for_dgrad, for_wgrad), each codes or, where its spec is None, the gradient itself.
 
-        Called in the backward pass; observes the largest magnitude for the vote.
+        Called in the backward pass.
+
+        Args:
+            grad: grad_output, any shape.
+            observe: whether the largest magnitude is kept for the vote and the step counted, see `Plan.begin`.
         """
         low, high = self.kernels.value_range(grad)
         log2_scale = self.grad_scale.exponent(
-            torch.maximum(low.abs(), high.abs()), scale_limit([self.dgrad, self.wgrad])
+            torch.maximum(low.abs(), high.abs()), scale_limit([self.dgrad, self.wgrad]), observe=observe
         )
-        clean, scale = self.screen(grad, power_of_two(-log2_scale), low, high, observe=True)
+        clean, scale = self.screen(grad, power_of_two(-log2_scale), low, high, observe=observe)
         inv_scale = power_of_two(log2_scale)
         fixed = dict.fromkeys(s.format for s in (self.dgrad, self.wgrad) if s is not None and not s.stochastic)
         packed = dict(zip(fixed, self.kernels.encode_each(clean, tuple(fixed), inv_scale=inv_scale), strict=True))
@@ -90,7 +94,7 @@ class GradQuantizer(NonFiniteCounter):
             return QTensor(qdata, scale, spec.format, grad.shape)
 
         pair = codes(self.dgrad, 0), codes(self.wgrad, 1)
-        self.step += 1
+        self.step += observe
         return pair
 
     def extra_repr(self) -> str:

@@ -154,8 +154,7 @@ class _GridQuantizer(Quantizer):
     def _encode(self, x: Tensor, scale: Tensor) -> Tensor:
         inv_scale = scale.reciprocal()
         if not self.spec.stochastic:
-            codes: Tensor = self.kernels.encode(x, self.spec.format, inv_scale=inv_scale)
-            return codes
+            return self.kernels.encode(x, self.spec.format, inv_scale=inv_scale)
         require(self.seed is not None, f"{self.spec} without a seed", "quantize(x, spec, seed=...) gives one")
         assert self.seed is not None
         first = torch.zeros((), dtype=torch.int64, device=x.device)

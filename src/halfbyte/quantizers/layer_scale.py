@@ -136,29 +136,33 @@ class GradScaleState(nn.Module):
         self.register_buffer("observed", torch.full((), -1.0, dtype=torch.float64, device=device))
         self.register_buffer("clean_steps", torch.zeros((), dtype=torch.int32, device=device))
 
-    def exponent(self, amax: Tensor, limit: float) -> Tensor:
+    def exponent(self, amax: Tensor, limit: float, *, observe: bool = True) -> Tensor:
         """The exponent to scale a gradient with, which it may set if it is the first; observes the gradient.
 
         Args:
             amax: largest magnitude of the unscaled gradient; floating, shape ().
             limit: the largest value of the format it goes to.
+            observe: whether to keep what was seen.
 
         Returns:
             int32 of shape ().
         """
         wanted = largest_log2_scale(amax, limit).clamp(self.spec.log2_min, self.spec.log2_max).int()
-        if isinstance(self.spec, ExactGradScale):
-            self.log2_scale.copy_(wanted)
-            return wanted
         usable = (amax > 0) & amax.isfinite()
-        self.log2_scale.copy_(torch.where(self.started | ~usable, self.log2_scale, wanted))
+        settled = torch.zeros_like(usable) if isinstance(self.spec, ExactGradScale) else self.started
+        exponent = torch.where(settled | ~usable, self.log2_scale, wanted)
+        if not observe:
+            return exponent
+        self.log2_scale.copy_(exponent)
         self.started |= usable
         relative = torch.where(amax.isfinite(), amax.double() / limit, torch.inf)
         self.observed.copy_(torch.maximum(self.observed, relative))
-        return self.log2_scale.clone()
+        return exponent
 
     def advance(self) -> None:
         """Takes the vote on what has been observed. To be called once per optimizer step; without effect otherwise."""
+        if isinstance(self.spec, ExactGradScale):
+            return
         seen = self.observed >= 0
         amax = self.observed.clamp_min(0.0) * power_of_two(self.log2_scale)
         if isinstance(self.spec, LossScale):

@@ -221,8 +221,8 @@ class _SawbQuantizer(Quantizer):
             codes = (-top - 1, top)
             qdata = self.kernels.encode(x, fmt, inv_scale=inv_scale, low=-clip, offset=-top - 1, code_range=codes)
             return QTensor(qdata, scale, fmt, x.shape, torch.full_like(scale, -0.5, dtype=torch.float64))
-        shifted = {"low": -clip, "offset": -top} if self.spec.ibm_shifted else {}
-        qdata = self.kernels.encode(x, fmt, inv_scale=inv_scale, code_range=(-top, top), **shifted)
+        low, offset = (-clip, -top) if self.spec.ibm_shifted else (None, 0)
+        qdata = self.kernels.encode(x, fmt, inv_scale=inv_scale, low=low, offset=offset, code_range=(-top, top))
         return QTensor(qdata, scale, fmt, x.shape)
 
     def backward(self, grad: Tensor, q: QTensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:

@@ -156,8 +156,7 @@ class _PactQuantizer(Quantizer):
     def _saved(self, x: Tensor, clip: Tensor, sign: int) -> tuple[Tensor | None, ...]:
         if not self.spec.plus:
             low = -clip if sign else torch.zeros_like(clip)
-            saved: tuple[Tensor, Tensor | None] = self.kernels.clip_bits(x, low, clip)
-            return saved
+            return self.kernels.clip_bits(x, low, clip)
         # PACT+: d(x_hat)/d(clip) is +-1 at and beyond the clip and (round z - z) / n inside, z = x / step.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         levels = self._levels(sign)
@@ -171,8 +170,7 @@ class _PactQuantizer(Quantizer):
         inside, second = saved
         assert inside is not None
         if not self.spec.plus:
-            result: tuple[Tensor, Tensor] = self.kernels.clip_backward(grad, q, inside, second)
-            return result
+            return self.kernels.clip_backward(grad, q, inside, second)
         assert second is not None
         grad_clip = self.kernels.stable_sum((grad * second).reshape(-1)).float()
         return grad.masked_fill(~unpack_bits(inside, q.numel).view(q.shape), 0.0), grad_clip
