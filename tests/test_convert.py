@@ -158,8 +158,8 @@ def test_a_model_without_layers_is_refused() -> None:
 
 def test_lazy_layers_are_refused() -> None:
     """A layer without a shape yet is an error that says what to do first."""
-    with pytest.raises(ConversionError, match="no layer that can be converted|not initialized"):
-        hb.convert(nn.Sequential(nn.LazyLinear(4)), "ibm2020")
+    with pytest.raises(ConversionError, match=r"Layer 1 \(LazyLinear\) has no shape yet"):
+        hb.convert(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), "ibm2020")
 
 
 def test_converting_twice_raises() -> None:
@@ -203,6 +203,7 @@ def test_restore_gives_plain_layers_with_the_trained_weights() -> None:
     assert all(type(m).__module__.startswith("torch.") or isinstance(m, Bottleneck) for m in model.modules())
     state = model.state_dict()
     assert state.keys() == trained.keys()
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in network().modules()]
     assert all(torch.equal(state[k], trained[k]) for k in trained)
     assert network().load_state_dict(state)
 

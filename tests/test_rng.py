@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import halfbyte as hb
 from halfbyte import oracle
 from halfbyte.errors import SpecError
+from halfbyte.kernels import reference
+from halfbyte.qtensor import unpack
 from halfbyte.recipes import Dgrad, Fprop, Wgrad
 from halfbyte.rng import philox, uniform
 
@@ -70,6 +72,15 @@ def test_stochastic_rounding_equals_the_oracle() -> None:
     found = hb.quantize(x, STOCHASTIC, seed=5).codes()
     expected = [oracle.encode_stochastic(fmt, a, b) for a, b in zip(x.tolist(), noise.tolist(), strict=True)]
     assert found.tolist() == expected
+
+
+def test_stochastic_rounding_decides_exactly_at_the_threshold() -> None:
+    """Noise equal to the number's share of the way stays down, one unit less goes up; noise 0 moves no value."""
+    shares = torch.arange(1, 64) / 64
+    x = torch.cat([1 + 3 * shares, 1 + 3 * shares, torch.tensor([1.0, 0.0])])  # between the values 1 and 4
+    noise = torch.cat([shares, shares - 2.0**-24, torch.zeros(2)])
+    qdata = reference.encode_stochastic(x, STOCHASTIC.format, inv_scale=torch.ones(()), noise=noise)
+    assert unpack(qdata, len(x), 4).tolist() == [4] * 63 + [5] * 63 + [4, 0]
 
 
 def test_stochastic_rounding_is_unbiased_and_nearest_is_not() -> None:

@@ -209,6 +209,11 @@ def _check(model: nn.Module, layers: list[LayerInfo], rules: Sequence[Rule]) -> 
             raise ConversionError(
                 f"The model is converted already (layer {fqn or '(model)'}); call restore(model) first."
             )
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+            kind = type(module).__name__
+            raise ConversionError(
+                f"Layer {fqn or '(model)'} ({kind}) has no shape yet; run one batch through the model."
+            )
     opaque = list(_opaque(model))
     if not layers:
         what = ", ".join(f"{fqn or '(model)'} ({type(m).__name__})" for fqn, m in opaque) or "none at all"
@@ -216,12 +221,6 @@ def _check(model: nn.Module, layers: list[LayerInfo], rules: Sequence[Rule]) -> 
         raise ConversionError(
             f"The model has no layer that can be converted. Possible: {kinds}. Its GEMM layers: {what}."
         )
-    for layer in layers:
-        for parameter in layer.module.parameters(recurse=False):
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ConversionError(
-                    f"Layer {layer.fqn} is not initialized yet; run one batch through the model first."
-                )
     for fqn, module in opaque:
         info = LayerInfo(fqn=fqn, module=module, index=-1, count=len(layers))
         for rule in rules:
