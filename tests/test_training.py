@@ -254,3 +254,37 @@ def test_autocast_around_the_model_trains() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_change_of_type_leaves_the_state_as_it_is() -> None:
+    """model.half() rounds the weights and no statistic, clip or scale."""
+    model = build()
+    train(model, OPTIMIZERS["sgd"](model.parameters()), range(3))
+    before = {k: v for k, v in state(model).items() if ".plan." in k}
+    model.half()
+    assert model[3].weight.dtype == torch.float16
+    assert_same(before, {k: v for k, v in state(model).items() if ".plan." in k})
+    assert all(v.dtype == state(model)[k].dtype for k, v in before.items())
+
+
+def test_a_parametrized_weight_still_votes() -> None:
+    """A converted layer under weight norm trains, and its scale follows; restoring it asks to undo that first."""
+    layer = hb.convert(nn.Linear(4, 4), "ibm2020")
+    nn.utils.parametrizations.weight_norm(layer)
+    x = torch.rand(2, 4)
+    for size in (1.0, 4.0, 4.0):
+        layer(x).backward(torch.full((2, 4), size))
+    layer(x)
+    assert scales(layer) == [4]
+    with pytest.raises(hb.errors.ConversionError, match="became a ParametrizedLinear"):
+        hb.restore(layer)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's compiler warns of its own inspection of tensors
+def test_compile_computes_what_eager_does() -> None:
+    """A compiled converted model takes the steps that the eager one takes, to the bit."""
+    eager, other = build("article"), build("article")
+    compiled = torch.compile(other, backend="aot_eager")
+    losses = train(eager, OPTIMIZERS["sgd"](eager.parameters()), range(4))
+    assert train(compiled, OPTIMIZERS["sgd"](other.parameters()), range(4)) == losses
+    assert_same(state(eager), state(other))

@@ -80,9 +80,15 @@ def restore(model: Model) -> Model:
     """Gives back plain torch layers with the trained weights, in place. The quantizers' state is dropped.
 
     Raises:
-        ConversionError: if no layer of the model is converted.
+        ConversionError: if no layer of the model is converted, or one was given another class since.
     """
     converted = [m for m in model.modules() if isinstance(m, _TWIN_CLASSES)]
+    for fqn, module in model.named_modules():
+        if isinstance(module, _TWIN_CLASSES) and type(module) not in _TWIN_CLASSES:
+            kind = type(module).__name__
+            raise ConversionError(
+                f"Layer {fqn} became a {kind} after it was converted; undo that (a parametrization?)."
+            )
     marked = [m for m in model.modules() if hasattr(m, _LEFT_ALONE)]
     if not converted and not marked:
         raise ConversionError("restore was asked for a model without a converted layer; convert(model, ...) makes one.")

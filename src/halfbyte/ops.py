@@ -115,8 +115,9 @@ class Plan(nn.Module):
     def begin(self, weight: Tensor) -> bool:
         """Starts a forward pass: settles the vote if the optimizer has stepped; returns whether state may move.
 
-        A step is seen by the weight's version, which every in-place update raises. A weight that is not trained has
-        none, so there each training forward counts as a step. Activation checkpointing runs a forward pass twice, the
+        A step is seen by the weight's version, which every in-place update raises. A weight that is not trained has no
+        steps, and one that is computed (a parametrization's) is always new, so there each training forward counts.
+        Activation checkpointing runs a forward pass twice, the
         first time, in one of its two forms, without gradients: then the second moves the state in its place.
         """
         if not (self.training and torch.is_grad_enabled()):
@@ -128,7 +129,7 @@ class Plan(nn.Module):
             return False
         if self.grad_output is not None:
             version = weight._version
-            if version != self._weight_version or not weight.requires_grad:
+            if version != self._weight_version or not (weight.requires_grad and weight.is_leaf):
                 self.grad_output.grad_scale.advance()
             self._weight_version = version
         return True
@@ -204,6 +205,14 @@ def _in_dtype(function: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry) -> Tensor:
+    if torch.compiler.is_compiling():
+        # A compiler may fuse a product and a sum and so round once where the definition rounds twice: break the graph.
+        eager: Tensor = torch.compiler.disable(_run_eagerly)(x, weight, bias, plan, geometry)
+        return eager
+    return _run_eagerly(x, weight, bias, plan, geometry)
+
+
+def _run_eagerly(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry) -> Tensor:
     observe = plan.begin(weight)
     clips = [None if q is None else q.clip for q in (plan.input, plan.weight)]
     result: Tensor = _ThreeGemms.apply(x, weight, bias, *clips, plan, geometry, observe)  # type: ignore[no-untyped-call]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import abc
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,19 @@ class Quantized(NamedTuple):
     saved: tuple[Tensor | None, ...] = ()
 
 
-class NonFiniteCounter(nn.Module):
+class Stateful(nn.Module):
+    """A module whose state keeps its types: ``model.half()`` moves it to another device, but rounds no statistic."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        moved: Self = super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+
+class NonFiniteCounter(Stateful):
     """What every quantizer has: a backend, and a count of the broken tensors that reached it.
 
     Attributes:

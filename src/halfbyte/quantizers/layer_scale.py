@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .contract import require
+from .contract import Stateful, require
 from .grid import largest_log2_scale, power_of_two
 
 __all__ = ["ExactGradScale", "GradScaleSpec", "GradScaleState", "LayerGradScale", "LossScale", "vote"]
@@ -108,7 +108,7 @@ def vote(amax: Tensor, limit: float) -> Tensor:
     return torch.where(amax <= limit, up, -1)
 
 
-class GradScaleState(nn.Module):
+class GradScaleState(Stateful):
     """The state of one scale.
 
     Attributes:
