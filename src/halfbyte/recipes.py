@@ -163,28 +163,57 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, spec in self.slots.items():
-            wanted = Grid if name.endswith("grad_output") else (Spec if name.startswith("fprop") else (Spec, Reuse))
-            if spec is not None and not isinstance(spec, wanted):
-                kinds = "Radix4, Nearest" if wanted is Grid else "a Spec" if wanted is Spec else "a Spec or REUSE"
-                raise SpecError(f"Recipe {self.name!r}: {name}={spec!r} was given; {kinds} or None is possible there.")
-            if isinstance(spec, Grid) and spec.stochastic and not name.endswith("grad_output"):
-                raise SpecError(f"Recipe {self.name!r}: {name}={spec}; random rounding is for grad_output slots.")
-        if self.quantizes_gradient != (self.grad_scale is not None):
+            self._check_slot(name, spec)
+        if self.quantizes_gradient != isinstance(self.grad_scale, GradScaleSpec):
             cure = "give grad_scale=LayerGradScale()" if self.quantizes_gradient else "leave grad_scale out"
-            raise SpecError(
-                f"Recipe {self.name!r}: grad_scale goes with a quantized grad_output, and only with it; {cure}."
+            self._refuse(
+                f"grad_scale={self.grad_scale!r}", f"it goes with a quantized grad_output and only there; {cure}"
             )
+        if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
+            self._refuse(f"rules={self.rules!r}", "a tuple of Rule is possible")
+        if self.dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            self._refuse(f"dtype={self.dtype!r}", "torch.bfloat16, float16, float32, float64 or None is possible")
         if self.dtype is not None and not self.in_floating_point:
-            raise SpecError(f"Recipe {self.name!r}: dtype={self.dtype} is for layers whose six slots are all None.")
+            self._refuse(f"dtype={self.dtype}", "it is for layers whose six slots are all None")
         if self.accumulate not in ("exact", "fp32", "fp16_chunk64"):
-            raise SpecError(
-                f"Recipe {self.name!r}: accumulate={self.accumulate!r}; exact, fp32, fp16_chunk64 are possible."
-            )
+            self._refuse(f"accumulate={self.accumulate!r}", "exact, fp32 and fp16_chunk64 are possible")
         if self.accumulate != "exact":
             affine = [n for n, s in self.slots.items() if isinstance(s, MinMax) or (isinstance(s, Sawb) and s.affine)]
-            if affine or self.in_floating_point:
-                what = f"{affine[0]} has a zero point" if affine else "nothing is quantized"
-                raise SpecError(f"Recipe {self.name!r}: accumulate={self.accumulate!r} cannot act, because {what}.")
+            if affine:
+                self._refuse(f"accumulate={self.accumulate!r}", f"it cannot act: {affine[0]} has a zero point")
+            if not any(isinstance(a, Spec) and isinstance(b, Spec) for a, b in self._operands()):
+                self._refuse(f"accumulate={self.accumulate!r}", "it cannot act: no GEMM has two quantized operands")
+
+    def _check_slot(self, name: str, spec: object) -> None:
+        """Refuses what cannot stand in that slot."""
+        if spec is None:
+            return
+        if name.endswith("grad_output"):
+            if not isinstance(spec, Grid):
+                self._refuse(f"{name}={spec!r}", "Radix4, Nearest or None is possible there")
+            return
+        forward = name.startswith("fprop")
+        if not isinstance(spec, Spec if forward else (Spec, Reuse)):
+            self._refuse(f"{name}={spec!r}", f"a Spec{'' if forward else ', REUSE'} or None is possible there")
+        if isinstance(spec, Grid) and spec.stochastic:
+            self._refuse(f"{name}={spec}", "random rounding is for grad_output slots")
+        if not forward and isinstance(spec, Pact):
+            self._refuse(
+                f"{name}={spec}", "a learned clip gets no gradient in a backward slot; MinMax and Sawb learn none"
+            )
+
+    def _refuse(self, asked: str, possible: str) -> None:
+        raise SpecError(f"Recipe {self.name!r}: {asked} was given; {possible}.")
+
+    def _operands(self) -> list[tuple[Slot, Slot]]:
+        """Both operands of each GEMM, with what is reused in the place of `REUSE`."""
+        weight = self.fprop.weight if self.dgrad.weight is REUSE else self.dgrad.weight
+        given = self.fprop.input if self.wgrad.input is REUSE else self.wgrad.input
+        return [
+            (self.fprop.input, self.fprop.weight),
+            (self.dgrad.grad_output, weight),
+            (self.wgrad.grad_output, given),
+        ]
 
     @property
     def slots(self) -> dict[str, Slot]:

@@ -196,8 +196,9 @@ def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None, *, seed
     Args:
         x: any floating type and shape, contiguous or not; 16-bit types are widened, float64 is computed in float64.
         spec: for example ``MinMax(bits=4)``, ``Sawb()``, ``Pact(clip=6.0)`` or ``Radix4()``.
-        scale: a step to use instead of what the spec would measure; rounded to float32. With a given or fixed scale
-            infinities saturate. NaN anywhere makes the scale NaN.
+        scale: a step to use instead of what the spec would measure, 2^-126 to 2^126; rounded to float32. With a given
+            or fixed scale infinities saturate, except under `MinMax`, whose range they break. NaN anywhere makes the
+            scale NaN.
         seed: for a spec that rounds at random, and only for one; equal seeds give equal codes.
 
     Returns:
@@ -205,7 +206,7 @@ def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None, *, seed
 
     Raises:
         TypeError: if x is not a floating tensor.
-        SpecError: if the scale is not above zero, or a seed is missing or would do nothing.
+        SpecError: if the scale is not one number in that range, or a seed is missing or would do nothing.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -216,14 +217,16 @@ def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None, *, seed
     quantizer.seed = seed
     if scale is None:
         return quantizer.quantize(x.detach()).q
-    step = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(())
-    require(bool(step > 0), f"scale={step.item()}", "a scale is above zero")
-    return quantizer.quantize_scaled(x.detach(), step)
+    step = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    possible = "a scale is one number from 2^-126 to 2^126, above zero"
+    require(step.numel() == 1 and bool(2.0**-126 <= step.min() <= 2.0**126), f"scale={step.tolist()}", possible)
+    return quantizer.quantize_scaled(x.detach(), step.reshape(()))
 
 
 def without_nan(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """x with NaN replaced by 0 and infinities by the largest numbers, and the scale, or NaN if there was a NaN.
+    """x with 0 in the place of NaN, and the scale, or NaN if there was one.
 
-    For scales that do not depend on the data: there an infinity saturates, as every format does.
+    For scales that do not depend on the data: there an infinity stays and saturates, as every format does.
     """
-    return x.nan_to_num(nan=0.0), torch.where(low.isnan() | high.isnan(), torch.nan, scale)
+    broken = low.isnan() | high.isnan()
+    return torch.where(x.isnan(), 0.0, x), torch.where(broken, torch.nan, scale)

@@ -39,6 +39,10 @@ class GradScaleSpec:
         possible = "-126 <= log2_min <= log2_max <= 126 is possible"
         asked = f"{type(self).__name__}(log2_min={self.log2_min}, log2_max={self.log2_max})"
         require(-126 <= self.log2_min <= self.log2_max <= 126, asked, possible)
+        first = getattr(self, "log2_first", None)
+        inside = f"log2_min <= log2_first <= log2_max, here {self.log2_min} to {self.log2_max}, is possible"
+        ok = first is None or self.log2_min <= first <= self.log2_max
+        require(ok, f"{type(self).__name__}(log2_first={first})", inside)
 
     @property
     def shared(self) -> bool:

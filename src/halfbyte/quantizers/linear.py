@@ -37,6 +37,8 @@ SAWB_COEFFICIENTS: dict[int, tuple[float, float]] = {
     64: (21.176, -22.645),
     128: (25.594, -27.827),
 }
+_LARGEST = torch.finfo(torch.float32).max
+
 SAWB_REFIT = frozenset({7, 31, 63, 64, 128})
 """Level counts whose coefficients are a refit, not IBM's."""
 
@@ -51,8 +53,8 @@ class MinMax(Spec):
     """Affine: ``[min, max]`` becomes ``[-2^(bits-1), 2^(bits-1) - 1]``, re-scaled for every tensor.
 
     ``qdata = clamp(rint((x - min) * inv_scale) - 2^(bits-1))`` with ``inv_scale = (2^bits - 1) / (max - min)``.
-    The zero point is not rounded, so the ends of the range are met exactly and 0.0 need not be. The gradient passes
-    unchanged.
+    The zero point is not rounded, so the ends of the range are codes (the lower is met exactly, the upper up to the
+    rounding of the scale to float32) and 0.0 need not be one. The gradient passes unchanged.
 
     Attributes:
         bits: 1 to 8; up to 4 are stored as `int4`.
@@ -105,7 +107,8 @@ class _MinMaxQuantizer(Quantizer):
         # A constant tensor is reproduced: one step of its own size, all codes the lowest.
         scale = torch.where(flat, torch.where(low == 0, 1.0, low.abs().double()), span / steps).float()
         inv_scale = torch.where(flat, 0.0, steps / span).float()
-        x, scale = self.screen(x, scale, seen_low, seen_high, observe=observe)
+        # A range that float32 cannot hold is as broken as an infinity.
+        x, scale = self.screen(x, scale, seen_low, torch.maximum(seen_high, span).float(), observe=observe)
         return Quantized(self._encode(x, scale, inv_scale, low))
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
@@ -128,8 +131,9 @@ class Sawb(Spec):
     """Statistics-aware weight binning: ``clip = c1 * sqrt(E[w^2]) - |c2| * E[|w|]``, from the present weights.
 
     15 levels (the default) have an exact zero: ``qdata = clamp(rint(w * 7 / clip), -7, 7)``. 16 levels have none: they
-    are the odd multiples of ``clip / 15``. Where the formula gives a clip that is not above zero (weights of nearly
-    one magnitude) the largest magnitude is taken. In ``eval`` the clip of the last training forward is used.
+    are the odd multiples of ``clip / 15``. The formula is made for bell-shaped weights; for weights of nearly one
+    magnitude it gives next to nothing or less, so the clip is never below their mean magnitude (and where it is not
+    above zero, the largest magnitude is taken). In ``eval`` the clip of the last training forward is used.
 
     Attributes:
         bits: 2 to 8.
@@ -141,7 +145,7 @@ class Sawb(Spec):
     """
 
     bits: int = 4
-    levels: int | None = 15
+    levels: int | None = None
     ste: Literal["identity", "clipped"] = "identity"
     ibm_shifted: bool = False
 
@@ -189,8 +193,8 @@ class _SawbQuantizer(Quantizer):
         half_steps = (self.spec.levels - 1) / 2
         # All-zero weights have no clip: scale and inverse 0 reproduce them.
         scale = (clip.double() / half_steps).float()
-        inv_scale = torch.where(clip > 0, half_steps / clip.double(), 0.0).float()
-        x, scale = self.screen(x, scale, low, high, observe=observe)
+        inv_scale = torch.where(clip > 0, half_steps / clip.double(), 0.0).clamp_max(_LARGEST).float()
+        x, scale = self.screen(x, scale, low, torch.maximum(high, clip), observe=observe)
         q = self._encode(x, scale, inv_scale, clip)
         if differentiable and self.spec.ste == "clipped":
             return Quantized(q, (pack_bits((x.detach().abs() <= clip).reshape(-1)),))
@@ -202,7 +206,7 @@ class _SawbQuantizer(Quantizer):
         c1, c2 = SAWB_COEFFICIENTS[self.spec.levels]
         clip = c1 * mean_square.sqrt() + c2 * mean_abs
         amax = torch.maximum(low.abs(), high.abs()).double()
-        return torch.where(clip > 0, clip, amax).float()
+        return torch.where(clip > 0, torch.maximum(clip, mean_abs), amax).float()
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         low, high = self.kernels.value_range(x)

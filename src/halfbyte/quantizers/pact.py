@@ -107,7 +107,8 @@ class _PactQuantizer(Quantizer):
         low, high = self.kernels.value_range(x)
         ready, sign = self._state()
         clip = self.clip.detach()
-        usable = x.numel() > 0 and ((ready and sign >= 0) or bool(torch.isfinite(low) & torch.isfinite(high)))
+        settled = ready and sign >= 0
+        usable = x.numel() > 0 and (settled or bool(torch.isfinite(low.float()) & torch.isfinite(high.float())))
         if sign < 0:
             sign = int(low < 0) if usable else 0
         if not ready and usable:
@@ -119,7 +120,8 @@ class _PactQuantizer(Quantizer):
             if self.spec.signed is None or self.spec.clip is None:
                 kind = "signed" if sign else "unsigned"
                 _log.info("first batch, range [%.4g, %.4g]: %s activation, clip %.4g", low, high, kind, clip)
-        self._watch_sign(low, sign)
+        if settled:
+            self._watch_sign(low, sign)
         clip = clip.float().clamp_min(MIN_CLIP)
         levels = self._levels(sign)
         x, scale = self.screen(x, (clip.double() / levels).float(), low, high, observe=observe)

@@ -48,16 +48,16 @@ def gemm(
         other = a if isinstance(a, Tensor) else b
         dtype = other.dtype if isinstance(other, Tensor) else torch.float32
         return geometry.apply(which, _floating(a, dtype), _floating(b, dtype))
-    scale = output_scale(a, b)
     if accumulate == "fp16_chunk64":
-        return chunked_gemm(which, a, b, geometry).mul_(scale)
+        # The float16 sums are of values, so the units are in them already.
+        return chunked_gemm(which, a, b, geometry).mul_((a.scale.double() * b.scale.double()).float())
     if accumulate == "fp32":
         total = geometry.apply(which, decode(a), decode(b))
     elif a.zero_point is None and b.zero_point is None:
         total = _rounded(_products(which, a, b, geometry), _bound(which, a, b, geometry))
     else:
         total = _centered(which, a, b, geometry).float()
-    return total.mul_(scale)
+    return total.mul_(output_scale(a, b))
 
 
 def accumulators(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
