@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -297,3 +299,65 @@ def test_fp32_changes_nothing() -> None:
     model = hb.convert(network(), "fp32")
     assert all(type(m).__module__.startswith("torch.") or isinstance(m, Bottleneck) for m in model.modules())
     assert set(recipes_of(model).values()) == {"fp32"}
+
+
+def test_a_rules_recipe_keeps_its_own_choice_of_formats() -> None:
+    """A hybrid recipe named by a rule still gives its 1x1 convolutions FP8 gradients; its guards do not speak."""
+    rules = [hb.Rule(fqn="2.*", recipe="ibm2020_1x1_fp8"), hb.Rule(fqn="0", recipe="ibm2020_1x1_fp8")]
+    found = recipes_of(hb.convert(network(), "fp32", rules))
+    assert (found["2.conv1"], found["2.conv2"], found["0"]) == (
+        "ibm2020_fp8_gradients",
+        "ibm2020_1x1_fp8",
+        "ibm2020_1x1_fp8",
+    )
+
+
+def test_a_hybrid_that_finds_no_layer_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """ibm2020_1x1_fp8 on a model without 1x1 convolutions equals ibm2020, and the log says why."""
+    hb.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "ibm2020_1x1_fp8")
+    assert "no layer of this model is what its rule speaks of (1x1 convolution)" in caplog.text
+
+
+def test_a_seed_without_random_rounding_raises() -> None:
+    """A seed that nothing draws from is an error."""
+    with pytest.raises(ConversionError, match="no layer's recipe rounds at random"):
+        hb.convert(network(), "ibm2020", seed=7)
+
+
+def test_uneven_padding_under_min_max_raises() -> None:
+    """Min-max would take the zeros of an uneven 'same' padding for data, so such a layer is refused."""
+    with pytest.raises(ConversionError, match="pads unevenly"):
+        hb.convert(nn.Sequential(nn.Conv2d(1, 2, 4, padding="same")), "article")
+
+
+def test_a_converted_layer_that_was_parametrized_stays_in_the_summary() -> None:
+    """Weight norm put on after conversion changes the class, not the table."""
+    model = hb.convert(network(), "ibm2020")
+    nn.utils.parametrizations.weight_norm(model[2].conv2)
+    assert recipes_of(model)["2.conv2"] == "ibm2020"
+
+
+def test_a_recipe_with_a_function_of_the_users_own_can_be_pickled() -> None:
+    """What a layer keeps of its recipe holds no rules, so a lambda in one does not stand in the way of saving."""
+    own = replace(
+        hb.RECIPES["ibm2020"], name="own", rules=(hb.Rule(recipe="fp32", when=lambda layer: layer.index == 0),)
+    )
+    model = hb.convert(network(), own)
+    assert recipes_of(pickle.loads(pickle.dumps(model)))["2.conv2"] == "own"
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: hb.convert(network(), "ibm2020", hb.Rule(recipe="fp32")), "a list of Rule is possible"),
+        (lambda: hb.convert(network(), None), "no recipe named 'None'"),
+        (lambda: hb.Rule(recipe="fp32", type="Linear"), "a class such as torch.nn.Linear"),
+        (lambda: hb.Rule(recipe="fp32", fqn=3), "a pattern such as"),
+        (lambda: hb.convert(nn.Linear(4, 4), "ibm2020")(torch.rand(2, 5)), "last dimension must be 4"),
+        (lambda: hb.convert(nn.Linear(4, 4), "ibm2020")(torch.tensor(1.0)), "last dimension must be 4"),
+    ],
+)
+def test_a_callers_mistake_is_answered_in_our_own_words(call: Callable[[], object], text: str) -> None:
+    """Wrong types and shapes name what was asked and what is possible."""
+    with pytest.raises(ValueError, match=text):
+        call()

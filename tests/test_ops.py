@@ -380,3 +380,20 @@ def test_warnings_are_errors_here() -> None:
         warnings.simplefilter("error")
         layer = everywhere(nn.Linear(8, 8), "ibm2020")
         F.mse_loss(layer(torch.rand(4, 8)), torch.rand(4, 8)).backward()
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (1, 7), (7, 1), (64, 1), (1, 64)])
+@pytest.mark.parametrize("rows", [1, 2, 128])
+def test_a_side_of_one_is_computed_as_any_other(rows: int, sides: tuple[int, int]) -> None:
+    """Layers with one input or one output feature give the float64 product of their codes in all three GEMMs."""
+    torch.manual_seed(0)
+    layer = everywhere(nn.Linear(*sides, bias=False), "article")
+    x = torch.randn(rows, sides[0], requires_grad=True)
+    seen = operands(layer, x)
+    hats = {name: q.dequantize(torch.float64) for name, q in seen.items() if name != "y"}
+    for found, wanted in (
+        (seen["y"], hats["fprop.a"] @ hats["fprop.b"].t()),
+        (x.grad, hats["dgrad.a"] @ hats["dgrad.b"]),
+        (layer.weight.grad, hats["wgrad.a"].t() @ hats["wgrad.b"]),
+    ):
+        assert ((found.double() - wanted).abs() <= 2.0**-22 * (wanted.abs() + wanted.abs().max())).all()

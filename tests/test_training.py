@@ -163,6 +163,34 @@ def test_a_scale_moves_one_octave_a_step() -> None:
     assert seen == [6, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 16, 16]
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizers_step_is_seen(optimizer: str) -> None:
+    """A step of any optimizer, the fused ones included, lets the scale follow a smaller gradient by one octave."""
+    layer = hb.convert(nn.Linear(4, 4), "ibm2020")
+    instance = OPTIMIZERS[optimizer](layer.parameters())
+    x = torch.rand(2, 4)
+    for size in (1.0, 2.0**-10):
+        layer(x).backward(torch.full((2, 4), size))
+        instance.step()
+        instance.zero_grad()
+    layer(x)
+    assert scales(layer) == [7]
+
+
+def test_a_frozen_layer_leaves_a_shared_scale_to_the_others() -> None:
+    """One loss scale over a trained and a frozen layer moves once per step of the optimizer, not once per pass."""
+    model = hb.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "loss_scale", [hb.Rule(recipe="loss_scale")])
+    model[1].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    x = torch.rand(2, 4)
+    for _ in range(3):
+        for _ in range(4):
+            model(x).sum().backward()  # 2^16 times a gradient of 1 is far beyond 64: an overflow each time
+        optimizer.step()
+    model(x)
+    assert scales(model) == [13, 13]
+
+
 def test_a_frozen_weight_still_votes() -> None:
     """Where the weight is not trained every training forward counts as a step."""
     layer = hb.convert(nn.Linear(4, 4), "ibm2020")
@@ -271,9 +299,12 @@ def test_a_parametrized_weight_still_votes() -> None:
     """A converted layer under weight norm trains, and its scale follows; restoring it asks to undo that first."""
     layer = hb.convert(nn.Linear(4, 4), "ibm2020")
     nn.utils.parametrizations.weight_norm(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
     x = torch.rand(2, 4)
     for size in (1.0, 4.0, 4.0):
         layer(x).backward(torch.full((2, 4), size))
+        layer(x).backward(torch.full((2, 4), size / 8))  # the second of two micro-batches does not vote
+        optimizer.step()
     layer(x)
     assert scales(layer) == [4]
     with pytest.raises(hb.errors.ConversionError, match="became a ParametrizedLinear"):

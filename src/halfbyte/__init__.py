@@ -13,16 +13,19 @@ from . import formats
 from .convert import convert, restore, summary
 from .formats import Format, Phase
 from .qtensor import QTensor
-from .quantizers import LayerGradScale, MinMax, Nearest, Pact, Radix4, Sawb, TwoPhase, quantize
-from .recipes import RECIPES, REUSE, Recipe, Rule
+from .quantizers import LayerGradScale, LossScale, MinMax, Nearest, Pact, Radix4, Sawb, TwoPhase, quantize
+from .recipes import RECIPES, REUSE, Dgrad, Fprop, Recipe, Rule, Wgrad
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RECIPES",
     "REUSE",
+    "Dgrad",
     "Format",
+    "Fprop",
     "LayerGradScale",
+    "LossScale",
     "MinMax",
     "Nearest",
     "Pact",
@@ -33,6 +36,7 @@ __all__ = [
     "Rule",
     "Sawb",
     "TwoPhase",
+    "Wgrad",
     "convert",
     "formats",
     "quantize",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,12 +14,14 @@ from . import kernels
 from .errors import ConversionError
 from .nn import TWINS, adopt, release
 from .ops import Plan
-from .quantizers import GradScaleSpec, GradScaleState, NonFiniteCounter
+from .quantizers import GradScaleSpec, GradScaleState, Grid, MinMax, NonFiniteCounter, Sawb
 from .recipes import LayerInfo, Recipe, Rule, get
 
 __all__ = ["ConversionReport", "LayerReport", "convert", "restore", "summary"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_log = logging.getLogger("halfbyte")
 
 _LEFT_ALONE = "_halfbyte_left_alone"
 """Attribute of an unconverted layer: why it is one."""
@@ -27,21 +30,29 @@ _TWIN_CLASSES = tuple(TWINS.values())
 
 
 def convert(
-    model: Model, recipe: str | Recipe, rules: Sequence[Rule] = (), *, backend: str = "reference", seed: int = 0
+    model: Model,
+    recipe: str | Recipe,
+    rules: Sequence[Rule] = (),
+    *,
+    backend: str = "reference",
+    seed: int | None = None,
 ) -> Model:
     """Puts a model's linear and convolution layers under a recipe, in place.
 
     Each layer asks the given rules, then the recipe's own, in order; the first that matches names its recipe, else it
-    is the one given here. Parameters stay the same objects, so tied weights stay tied and an optimizer that exists
-    keeps working; learned clips are new parameters, so make the optimizer after this call. Everything else in the model
-    (embeddings, norms, softmax, attention) is untouched.
+    is the one given here. Where a given rule names a recipe with rules of its own, those of them that choose other
+    formats still speak (FP8 for 1x1 convolutions), those that would leave the layer alone do not.
+
+    Parameters stay the same objects, so tied weights stay tied and an optimizer that exists keeps working; learned
+    clips are new parameters, so make the optimizer after this call. Everything else in the model (embeddings, norms,
+    softmax, attention) is untouched.
 
     Args:
         model: any module; nothing is changed if an error is raised.
         recipe: a `Recipe` or the name of one in `RECIPES`.
         rules: asked first, in order.
         backend: a name in `halfbyte.kernels.BACKENDS`; ``"reference"`` is emulation in plain PyTorch.
-        seed: for recipes that round at random; equal seeds give equal runs.
+        seed: for recipes that round at random, and only for them; equal seeds give equal runs. None is 0.
 
     Returns:
         The same model.
@@ -54,6 +65,10 @@ def convert(
     chosen = get(recipe)
     kernels.get(backend)
     layers = _layers(model)
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
+        raise ConversionError(
+            f"rules={rules!r} was given; a list of Rule is possible: rules=[Rule(fqn=..., recipe=...)]."
+        )
     _check(model, layers, rules)
     plans: list[tuple[LayerInfo, Recipe, str]] = []
     used: set[int] = set()
@@ -64,15 +79,23 @@ def convert(
                 layer_recipe, why = get(rule.recipe), str(rule)
                 used.add(number)
                 break
+        for rule in layer_recipe.rules:
+            if layer_recipe is not chosen and not get(rule.recipe).leaves_alone and rule.matches(layer):
+                layer_recipe, why = get(rule.recipe), f"{why}; {rule}"
+                break
         plans.append((layer, layer_recipe, why))
     _check_used(layers, rules, used)
+    for number, rule in enumerate(chosen.rules, start=len(rules)):
+        if number not in used and not get(rule.recipe).leaves_alone:
+            _log.warning("%s: no layer of this model is what its rule speaks of (%s)", chosen.name, rule)
     if layers and not chosen.leaves_alone and all(plan.leaves_alone for _, plan, _ in plans):
         raise ConversionError(
             f"convert(model, {chosen.name!r}) would leave every layer in high precision: "
             f"{', '.join(f'{layer.fqn or type(model).__name__} ({why})' for layer, _, why in plans)}. "
             f"Name the layers to convert: rules=[Rule(fqn='...', recipe={chosen.name!r})]."
         )
-    _apply(plans, backend, seed)
+    _check_plans(plans, seed)
+    _apply(plans, backend, seed or 0)
     return model
 
 
@@ -192,8 +215,11 @@ def _note(plan: Plan) -> str:
 
 def _layers(model: nn.Module, *, converted: bool = False) -> list[LayerInfo]:
     """The model's convertible (and, if asked, converted) layers, each once, in the order of registration."""
-    kinds = (*TWINS, *(_TWIN_CLASSES if converted else ()))
-    found = [(fqn, module) for fqn, module in model.named_modules() if type(module) in kinds]
+    found = [
+        (fqn, module)
+        for fqn, module in model.named_modules()
+        if type(module) in TWINS or (converted and isinstance(module, _TWIN_CLASSES))
+    ]
     return [
         LayerInfo(fqn=fqn, module=module, index=index, count=len(found)) for index, (fqn, module) in enumerate(found)
     ]
@@ -236,6 +262,23 @@ def _check(model: nn.Module, layers: list[LayerInfo], rules: Sequence[Rule]) -> 
                 raise ConversionError(
                     f"Rule ({rule}) asks for {fqn or '(model)'}, a {type(module).__name__}, which cannot be converted. "
                     f"Possible: {', '.join(kind.__name__ for kind in TWINS)}."
+                )
+
+
+def _check_plans(plans: list[tuple[LayerInfo, Recipe, str]], seed: int | None) -> None:
+    """Raises for what a layer cannot do under the recipe that was chosen for it."""
+    specs = [spec for _, recipe, _ in plans for spec in recipe.slots.values()]
+    if seed is not None and not any(isinstance(spec, Grid) and spec.stochastic for spec in specs):
+        raise ConversionError(f"seed={seed} was given, but no layer's recipe rounds at random; leave it out.")
+    for layer, recipe, _ in plans:
+        spec = recipe.fprop.input
+        affine = isinstance(spec, MinMax) or (isinstance(spec, Sawb) and spec.affine)
+        if affine and getattr(layer.module, "padding", None) == "same":
+            sides = layer.module._reversed_padding_repeated_twice
+            if isinstance(sides, list) and sides[0::2] != sides[1::2]:
+                raise ConversionError(
+                    f"Layer {layer.fqn or '(model)'} pads unevenly (padding='same' with an even kernel), and {spec} "
+                    "would take the padding's zeros for data. Pad in a layer of its own, or give it another recipe."
                 )
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Literal
@@ -85,7 +85,7 @@ class Format:
     bias: int = 0
     phase: Phase = Phase.EVEN
     specials: Literal["none", "nan", "ieee"] = "none"
-    description: str = ""
+    description: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
         return f"Format({self.name})"
@@ -221,7 +221,11 @@ def logarithmic(
         raise SpecError(f"The odd phase of radix {radix} would need its square root to be whole; 4, 9 and 16 have one.")
     if not 1 <= exponent_bits <= 7:
         raise SpecError(f"An exponent field of {exponent_bits} bits was asked for; 1 to 7 bits are possible.")
-    suffix = ("" if radix == 2 else f"_r{radix}") + ("_odd" if phase is Phase.ODD else "")
+    suffix = (
+        ("" if radix == 2 else f"_r{radix}")
+        + ("" if bias == 4 else f"_b{bias}")
+        + ("_odd" if phase is Phase.ODD else "")
+    )
     return Format(
         name=f"fp{exponent_bits + 1}_e{exponent_bits}m0{suffix}",
         kind="log",
@@ -258,8 +262,9 @@ def minifloat(
     bits = 1 + exponent_bits + mantissa_bits
     if bits > 8 or exponent_bits < 1 or mantissa_bits < 1:
         raise SpecError(f"E{exponent_bits}M{mantissa_bits} was asked for; both fields need a bit, all of it at most 8.")
+    usual = (1 << (exponent_bits - 1)) - 1 or 1
     return Format(
-        name=f"fp{bits}_e{exponent_bits}m{mantissa_bits}",
+        name=f"fp{bits}_e{exponent_bits}m{mantissa_bits}{'' if bias == usual else f'_b{bias}'}",
         kind="float",
         bits=bits,
         signed=True,

@@ -6,6 +6,7 @@ keeps packed codes, scales and, where a learned clip needs it, one bit an elemen
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Plan(nn.Module):
     dgrad_weight: Quantizer | None
     wgrad_input: Quantizer | None
     grad_output: GradQuantizer | None
+    weight_checksum: Tensor
 
     def __init__(
         self,
@@ -66,7 +68,8 @@ class Plan(nn.Module):
         """
         super().__init__()
         kernels.get(backend)
-        self.recipe = recipe
+        # A layer has no use for the rules that chose its recipe, and they may hold functions that cannot be pickled.
+        self.recipe = replace(recipe, rules=())
         self.backend = backend
         slots = {
             "input": recipe.fprop.input,
@@ -89,7 +92,9 @@ class Plan(nn.Module):
                 layer=layer,
             )
         self.register_module("grad_output", grad_output)
-        self._weight_version: int | None = None
+        # No weight's: the first forward pass after building or loading settles what a checkpoint left to be settled.
+        self.register_buffer("weight_checksum", torch.tensor(1 << 40, device=device), persistent=False)
+        self._weight_version = -1
         self._passed_over = False
 
     @property
@@ -115,10 +120,11 @@ class Plan(nn.Module):
     def begin(self, weight: Tensor) -> bool:
         """Starts a forward pass: settles the vote if the optimizer has stepped; returns whether state may move.
 
-        A step is seen by the weight's version, which every in-place update raises. A weight that is not trained has no
-        steps, and one that is computed (a parametrization's) is always new, so there each training forward counts.
-        Activation checkpointing runs a forward pass twice, the
-        first time, in one of its two forms, without gradients: then the second moves the state in its place.
+        A step is seen by the weight's version, which in-place updates raise, or its bits, of which a checksum is kept
+        (fused optimizers raise no version, and a parametrization's weight is new each time). A weight that is not
+        trained has no steps, so there each training forward counts; a scale that other layers share follows theirs.
+        Activation checkpointing runs a forward pass twice, the first time, in one of its two forms, without gradients:
+        then the second moves the state in its place.
         """
         if not (self.training and torch.is_grad_enabled()):
             self._passed_over = self.training
@@ -128,10 +134,14 @@ class Plan(nn.Module):
         if again:
             return False
         if self.grad_output is not None:
-            version = weight._version
-            if version != self._weight_version or not (weight.requires_grad and weight.is_leaf):
-                self.grad_output.grad_scale.advance()
-            self._weight_version = version
+            seen = _checksum(weight)
+            stepped = (seen != self.weight_checksum) | (weight._version != self._weight_version)
+            if not weight.requires_grad:
+                shared = self.grad_output.grad_scale.spec.shared
+                stepped = torch.full_like(stepped, not shared)
+            self.grad_output.grad_scale.advance(stepped)
+            self.weight_checksum.copy_(seen)
+            self._weight_version = weight._version
         return True
 
     def extra_repr(self) -> str:
@@ -149,7 +159,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor
 
     Returns:
         (..., O) in the type of x, or autocast's where that is on.
+
+    Raises:
+        ValueError: if the shapes do not fit.
     """
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: an input of shape {tuple(x.shape)} was given to a weight of shape {tuple(weight.shape)}; "
+            f"the input's last dimension must be {weight.shape[1]}."
+        )
     if plan.recipe.in_floating_point:
         return _in_dtype(torch.nn.functional.linear, plan, x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -302,6 +320,12 @@ class _ThreeGemms(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grads[2] = grad.sum([d for d in range(grad.dim()) if d != 1]).to(ctx.dtypes[2])
         return tuple(grads)
+
+
+def _checksum(weight: Tensor) -> Tensor:
+    """The sum of a tensor's bits, word by word, modulo 2^32: the same on any number of threads. int64 of shape ()."""
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.detach().reshape(-1).view(words).sum(dtype=torch.int32).long()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ from torch import Tensor
 from . import formats
 from .errors import HalfbyteError, SpecError
 from .formats import Format
-from .kernels.reference import encode
 from .qtensor import QTensor
-from .quantizers import MinMax, quantize
+from .quantizers import MinMax, Nearest, Pact, quantize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,17 +84,17 @@ def quantize_pixels(pixels: Tensor, fmt: Format) -> QTensor:
     """The codes of a picture.
 
     Args:
-        pixels: floating, any shape.
-        fmt: an integer format maps the range of the pixels to all its codes; any other gets the smallest power of two
-            as its scale that brings the largest pixel into range.
+        pixels: floating, not negative, any shape.
+        fmt: a signed integer format maps the range of the pixels to all its codes; an unsigned one divides [0, largest]
+            into equal steps; any other gets the smallest power of two as its scale that brings the largest pixel into
+            range.
     """
-    if fmt.kind == "int":
+    if fmt.kind != "int":
+        return quantize(pixels, Nearest(fmt=fmt))
+    if fmt.signed:
         return quantize(pixels, MinMax(bits=fmt.bits))
-    amax = float(pixels.abs().max()) if pixels.numel() else 0.0
-    fraction, exponent = math.frexp(amax / fmt.max)
-    scale = torch.tensor(2.0 ** (exponent - (fraction == 0.5)) if amax else 1.0)
-    # The reciprocal of a power of two is exact.
-    return QTensor(encode(pixels, fmt, inv_scale=1 / scale), scale, fmt, pixels.shape)
+    amax = float(pixels.max()) if pixels.numel() else 0.0
+    return quantize(pixels, Pact(clip=amax or 1.0, bits=fmt.bits))
 
 
 def picture(image: Image, fmt_name: str, *, bits: int | None = None) -> Picture:
@@ -116,7 +115,7 @@ def picture(image: Image, fmt_name: str, *, bits: int | None = None) -> Picture:
     if bits is not None:
         if fmt.kind != "int":
             raise SpecError(f"bits={bits} was asked for with {fmt.name}, whose width is {fmt.bits}. Leave --bits out.")
-        fmt = formats.integer(bits)
+        fmt = formats.integer(bits, signed=fmt.signed)
     pixels_HWC, alpha_HW = _to_tensor(image)
     q = quantize_pixels(pixels_HWC, fmt)
     x_hat_HWC = q.dequantize()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .formats import Format
 
-__all__ = ["BITS_BLOCK", "BLOCK", "QTensor", "pack", "pack_bits", "packed_size", "unpack", "unpack_bits"]
+__all__ = ["BITS_BLOCK", "BLOCK", "QTensor", "pack", "pack_bits", "packed_size", "round_once", "unpack", "unpack_bits"]
 
 BLOCK = 128
 """Codes in one block of the packed layout; a full block of 4-bit codes fills 64 bytes."""
@@ -149,6 +149,22 @@ def _split_bits(packed: Tensor, planes: Tensor) -> None:
     planes.bitwise_and_(1)
 
 
+def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 to another floating type, rounded once, to nearest.
+
+    torch goes to the 16-bit types through float32, which would round twice; so that step rounds to odd, which leaves
+    every tie of the second step undecided until then.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype)
+    near = x.float()
+    bits = near.view(torch.int32)
+    error = x - near.double()
+    nudge = ((error != 0) & (near != 0) & (bits & 1 == 0)).int()
+    away = (error > 0) == (near > 0)
+    return torch.where(away, bits + nudge, bits - nudge).view(torch.float32).to(dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """A quantized tensor. It holds nothing but codes and what is needed to read them.
@@ -197,7 +213,7 @@ class QTensor:
         values = table[self.codes().int()]
         if self.zero_point is not None:
             values = values - self.zero_point
-        return (values * self.scale.double()).to(dtype)
+        return round_once(values * self.scale.double(), dtype)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same tensor on another device."""

@@ -70,6 +70,10 @@ class Backend(Protocol):
         """The gradients of a clipped tensor and of its clip."""
         ...
 
+    def accumulators(self, which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
+        """The exact sums of products of the codes' integers, in float64: what every backend must agree on."""
+        ...
+
     def gemm(
         self,
         which: Gemm,

@@ -205,12 +205,14 @@ def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None, *, seed
         Codes with ``x_hat = scale * (value - zero_point)``.
 
     Raises:
-        TypeError: if x is not a floating tensor.
+        TypeError: if x is not a floating tensor, or the spec no `Spec`.
         SpecError: if the scale is not one number in that range, or a seed is missing or would do nothing.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"quantize takes a floating torch.Tensor; got {kind}. Convert it with .float().")
+    if not isinstance(spec, Spec):
+        raise TypeError(f"quantize takes a spec such as MinMax(bits=4) or Radix4(); got {spec!r}.")
     random = getattr(spec, "stochastic", False)
     require(seed is None or random, f"seed={seed} with {spec}", "a seed is for a spec that rounds at random")
     quantizer = spec.build(device=x.device)

@@ -163,11 +163,15 @@ class GradScaleState(Stateful):
         self.observed.copy_(torch.maximum(self.observed, relative))
         return exponent
 
-    def advance(self) -> None:
-        """Takes the vote on what has been observed. To be called once per optimizer step; without effect otherwise."""
+    def advance(self, stepped: Tensor | bool = True) -> None:
+        """Takes the vote on what has been observed since the last one.
+
+        Args:
+            stepped: whether the optimizer has stepped since; without that nothing happens. bool of shape ().
+        """
         if isinstance(self.spec, ExactGradScale):
             return
-        seen = self.observed >= 0
+        seen = (self.observed >= 0) & stepped
         amax = self.observed.clamp_min(0.0) * power_of_two(self.log2_scale)
         if isinstance(self.spec, LossScale):
             overflow = seen & ~(amax <= 1.0)
@@ -178,7 +182,7 @@ class GradScaleState(Stateful):
         else:
             step = torch.where(seen, vote(amax, 1.0), 0)
         self.log2_scale.add_(step).clamp_(self.spec.log2_min, self.spec.log2_max)
-        self.observed.fill_(-1.0)
+        self.observed.copy_(torch.where(seen, -1.0, self.observed))
 
     def extra_repr(self) -> str:
         return f"{type(self.spec).__name__}, log2_scale={self.log2_scale.item() if self.started else 'not yet known'}"

@@ -108,7 +108,8 @@ class _PactQuantizer(Quantizer):
         ready, sign = self._state()
         clip = self.clip.detach()
         settled = ready and sign >= 0
-        usable = x.numel() > 0 and (settled or bool(torch.isfinite(low.float()) & torch.isfinite(high.float())))
+        # A batch that is empty, all zero or broken decides nothing.
+        usable = settled or bool(torch.isfinite(low.float()) & torch.isfinite(high.float()) & (low < high))
         if sign < 0:
             sign = int(low < 0) if usable else 0
         if not ready and usable:
@@ -191,7 +192,8 @@ def _best_clip(x: Tensor, low: Tensor, high: Tensor, levels: int, *, signed: boo
     sample = flat[:: max(1, flat.numel() // _SAMPLE)].double()
     if amax == 0 or sample.numel() == 0:
         return torch.ones((), dtype=torch.float32, device=x.device)
-    candidates = amax.double() * torch.arange(1, _CANDIDATES + 1, device=x.device) / _CANDIDATES
+    # A little above each fraction, so that the largest element itself is no exact tie with the clip.
+    candidates = amax.double() * torch.arange(1, _CANDIDATES + 1, device=x.device) * ((1 + 2.0**-8) / _CANDIDATES)
     errors = []
     for clip in candidates:
         step = clip / levels

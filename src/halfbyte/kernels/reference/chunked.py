@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...qtensor import QTensor
+from ...qtensor import QTensor, round_once
 from ..geometry import Conv, Gemm, Geometry, Linear
 from .decode import decode
 
@@ -49,9 +49,9 @@ def chunked_gemm(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Ten
 def _add_chunks(left: Tensor, right: Tensor, total: Tensor) -> Tensor:
     """total + left_MK @ right_KN, chunk after chunk of K, in float16."""
     for start in range(0, left.shape[1], CHUNK):
-        # At most 64 products of integers below 2^18 and their unit: exact in float32.
-        part = left[:, start : start + CHUNK] @ right[start : start + CHUNK]
-        total = total + part.half()
+        # float64 holds 64 products of any of our formats exactly; float16 rounds their sum once.
+        part = left[:, start : start + CHUNK].double() @ right[start : start + CHUNK].double()
+        total = total + round_once(part, torch.float16)
     return total
 
 

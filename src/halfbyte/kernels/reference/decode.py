@@ -49,9 +49,10 @@ def planes(q: QTensor) -> tuple[tuple[int, Tensor], ...] | None:
     fmt = q.format
     if fmt in NATIVE:
         return _digits(_native_integers(q))
-    if not (fmt.max_integer < 128 or (fmt.kind == "log" and fmt.radix == 4 and fmt.bits == 4)):
+    small = min(i or 0 for i in fmt.integers) >= -128 and max(i or 0 for i in fmt.integers) <= 127
+    if not (small or (fmt.kind == "log" and fmt.radix == 4 and fmt.bits == 4)):
         return None
-    weights = (1,) if fmt.max_integer < 128 else (1, _HIGH_PLANE)
+    weights = (1,) if small else (1, _HIGH_PLANE)
     n = q.numel
     outs = [torch.empty(n, dtype=torch.int8, device=q.qdata.device) for _ in weights]
     codes = torch.empty(min(n, PIECE), dtype=torch.uint8, device=q.qdata.device)

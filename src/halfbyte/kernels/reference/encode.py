@@ -91,7 +91,7 @@ def encode(
         fmt: the format.
         inv_scale: reciprocal of the scale, float32 of shape ().
         low: what is subtracted first, float32 of shape (); None for nothing. Integer formats only.
-        offset: what is added to the nearest integer. Integer formats only.
+        offset: what is added to the nearest integer, at most the lowest one used. Integer formats only.
         code_range: lowest and highest integer used; the format's own if None. Integer formats only.
 
     Returns:
@@ -155,7 +155,7 @@ def _encode(
         scaled = torch.mul(piece, inv_scale, out=wide)
         for fmt, out in zip(fmts, outs, strict=True):
             if fmt.kind == "int":
-                _integer_codes(scaled, fmt, offset, code_range, piece_codes)
+                _integer_codes(scaled if len(fmts) == 1 else scaled.clone(), fmt, offset, code_range, piece_codes)
             elif dtype == torch.float32 and fmt in NATIVE:
                 piece_codes.view(NATIVE[fmt]).copy_(scaled.clamp(-fmt.max, fmt.max))
             elif dtype == torch.float32 and fmt.kind == "log" and fmt.radix in (2, 4) and fmt.bits == 4:
@@ -179,6 +179,8 @@ def _integer_codes(scaled: Tensor, fmt: Format, offset: int, code_range: tuple[i
     else:
         # Counted from the lowest code there are no negative numbers; the addition wraps to two's complement.
         out.copy_(whole).add_(offset % 256)
+    if fmt.bits not in (4, 8):
+        out.bitwise_and_((1 << fmt.bits) - 1)
 
 
 def _log_codes(scaled: Tensor, fmt: Format, out: Tensor) -> None:

@@ -17,13 +17,14 @@ from ...qtensor import QTensor
 from ..geometry import Conv, Gemm, Geometry, Linear
 from .chunked import chunked_gemm
 from .decode import PLANE_LIMIT, decode, planes
-from .im2col import wgrad
+from .im2col import int_product, wgrad
 
 Accumulate = Literal["exact", "fp32", "fp16_chunk64"]
 
 _EXACT_FLOAT32 = 1 << 24
 _EXACT_INT32 = 1 << 31
 _EXACT_FLOAT64 = 1 << 53
+_EXACT_INT64 = 1 << 63
 
 
 def gemm(
@@ -48,6 +49,11 @@ def gemm(
         other = a if isinstance(a, Tensor) else b
         dtype = other.dtype if isinstance(other, Tensor) else torch.float32
         return geometry.apply(which, _floating(a, dtype), _floating(b, dtype))
+    with torch.autocast(a.qdata.device.type, enabled=False):
+        return _on_codes(which, a, b, geometry, accumulate)
+
+
+def _on_codes(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, accumulate: Accumulate) -> Tensor:
     if accumulate == "fp16_chunk64":
         # The float16 sums are of values, so the units are in them already.
         return chunked_gemm(which, a, b, geometry).mul_((a.scale.double() * b.scale.double()).float())
@@ -61,7 +67,7 @@ def gemm(
 
 
 def accumulators(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
-    """The exact sums of products of the two operands' integers, float64, before zero points and scales."""
+    """The sums of products of the two operands' integers, before zero points and scales; exact below 2^53. float64."""
     (weight, first), *others = _products(which, a, b, geometry)
     total = first.double()
     if weight != 1:
@@ -92,6 +98,8 @@ def _products(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> list[t
         return [(1, _in_float64(which, a, b, geometry))]
     if not isinstance(geometry, Linear) and _bound(which, a, b, geometry) < _EXACT_FLOAT32:
         return [(1, _apply_float32(which, decode(a), decode(b), geometry))]
+    if _bound(which, a, b, geometry) >= _EXACT_INT64:
+        raise _too_long(which, a, b, geometry)
     planes_a, planes_b = planes(a), planes(b)
     if planes_a is None or planes_b is None:
         return [(1, _in_float64(which, a, b, geometry))]
@@ -113,7 +121,7 @@ def _products(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> list[t
         for weight_a, plane_a in planes_a:
             if isinstance(geometry, Linear):
                 left, right = geometry.matrices(which, plane_a, plane_b)
-                part = torch._int_mm(left.contiguous(), right)
+                part = int_product(left, right)
             else:
                 part = _apply_float32(which, plane_a.float(), plane_b.float(), geometry)
             results.append((weight_a * weight_b, part))
@@ -130,9 +138,13 @@ def _in_float64(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tens
     wide_a, wide_b = decode(a, torch.float64), decode(b, torch.float64)
     if _bound(which, a, b, geometry) < _EXACT_FLOAT64:
         return geometry.apply(which, wide_a, wide_b)
-    raise OverflowError(
-        f"{which} sums {geometry.reduction(which)} products of {a.format.name} and {b.format.name}, which can exceed "
-        "2^53 and would not be exact. Split the batch, or use a narrower format."
+    raise _too_long(which, a, b, geometry)
+
+
+def _too_long(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> OverflowError:
+    return OverflowError(
+        f"{which} sums {geometry.reduction(which)} products of {a.format.name} and {b.format.name}, more than any "
+        "exact sum here can hold. Split the batch, or use a narrower format."
     )
 
 
@@ -148,9 +160,11 @@ def _rounded(products: list[tuple[int, Tensor]], bound: int) -> Tensor:
     if total.dtype == torch.float32 and len(products) == 2:
         # The second weight is a power of two, so its multiple is exact and the addition rounds once.
         return total.add_(products[1][1], alpha=products[1][0])
-    wide = total.double()
+    # Beyond 2^53 only int64 holds the sum; either way it is rounded once.
+    exact = torch.float64 if bound < _EXACT_FLOAT64 else torch.int64
+    wide = total.to(exact)
     for other_weight, part in products[1:]:
-        wide.add_(part.double(), alpha=other_weight)
+        wide.add_(part.to(exact), alpha=other_weight)
     return wide.float()
 
 
@@ -175,4 +189,5 @@ def _centered(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor
 def _sum_over(which: Gemm, operand: int, q: QTensor, geometry: Geometry) -> Tensor:
     """The exact sums of one operand's integers over the other's ones, in float64."""
     exact = geometry.reduction(which) * q.format.max_integer < _EXACT_FLOAT32
-    return geometry.sum_over(which, operand, decode(q, torch.float32 if exact else torch.float64)).double()
+    with torch.backends.nnpack.flags(enabled=False):
+        return geometry.sum_over(which, operand, decode(q, torch.float32 if exact else torch.float64)).double()

@@ -49,8 +49,18 @@ def wgrad(planes_g: Sequence[Tensor], plane_x: Tensor, geometry: Conv) -> list[T
         right = patch.reshape(taps * in_channels, -1).t()  # x_P(TI)
         for total, plane in zip(totals, planes_g, strict=True):
             left = plane[start : start + count].transpose(0, 1).reshape(out_channels, -1)  # g_OP
-            total.add_(torch._int_mm(left, right))
+            total.add_(int_product(left, right))
     return [_kernel_last(total, geometry) for total in totals]
+
+
+def int_product(left: Tensor, right: Tensor) -> Tensor:
+    """The exact product of two int8 matrices, (M, K) and (K, N), in int32.
+
+    torch's own reads past the end of an operand with a side of 1 and both strides 1, which a transposed vector has: it
+    takes that 1 for the length of a row (torch 2.13, CPU). Viewing the vector anew gives it the usual strides.
+    """
+    left, right = (x.reshape(-1).view(x.shape) if 1 in x.shape else x for x in (left, right))
+    return torch._int_mm(left.contiguous(), right)
 
 
 def _kernel_last(total: Tensor, geometry: Conv) -> Tensor:

@@ -1,4 +1,4 @@
-"""Recipes: what each operand of a layer's three GEMMs becomes, and which layers are left alone. Data, nothing else.
+"""What a recipe is: six operand slots, and the rules for the layers that get another. Frozen, checked at birth.
 
 A layer has three GEMMs of two operands each: six slots.
 
@@ -21,22 +21,19 @@ from typing import Final
 import torch
 from torch import nn
 
-from .errors import SpecError, UnknownNameError
-from .kernels import Accumulate
-from .quantizers import (
+from ..errors import SpecError
+from ..kernels import Accumulate
+from ..quantizers import (
     GradScaleSpec,
     Grid,
-    LayerGradScale,
-    LossScale,
     MinMax,
     Nearest,
     Pact,
     Sawb,
     Spec,
-    TwoPhase,
 )
 
-__all__ = ["RECIPES", "REUSE", "Dgrad", "Fprop", "LayerInfo", "Recipe", "Reuse", "Rule", "Wgrad", "get"]
+__all__ = ["REUSE", "Dgrad", "Fprop", "LayerInfo", "Recipe", "Reuse", "Rule", "Slot", "Wgrad"]
 
 
 class Reuse(enum.Enum):
@@ -112,6 +109,21 @@ class Rule:
     type: type[nn.Module] | tuple[type[nn.Module], ...] | None = None
     when: Callable[[LayerInfo], bool] | None = None
     why: str = ""
+
+    def __post_init__(self) -> None:
+        kinds = self.type if isinstance(self.type, tuple) else (self.type,)
+        for name, ok, possible in (
+            ("recipe", isinstance(self.recipe, str | Recipe), "a Recipe or its name"),
+            ("fqn", self.fqn is None or isinstance(self.fqn, str), "a pattern such as 'layer4.*'"),
+            (
+                "type",
+                all(k is None or isinstance(k, type) for k in kinds),
+                "a class such as torch.nn.Linear, or several",
+            ),
+            ("when", self.when is None or callable(self.when), "a function of LayerInfo"),
+        ):
+            if not ok:
+                raise SpecError(f"Rule({name}={getattr(self, name)!r}) was asked for; {possible} is possible.")
 
     def matches(self, layer: LayerInfo) -> bool:
         """Whether the rule speaks of that layer."""
@@ -191,6 +203,8 @@ class Recipe:
         if name.endswith("grad_output"):
             if not isinstance(spec, Grid):
                 self._refuse(f"{name}={spec!r}", "Radix4, Nearest or None is possible there")
+            if isinstance(spec, Nearest) and spec.scale != "amax":
+                self._refuse(f"{name}={spec}", "its scale cannot act, because grad_scale gives a gradient's scale")
             return
         forward = name.startswith("fprop")
         if not isinstance(spec, Spec if forward else (Spec, Reuse)):
@@ -254,155 +268,3 @@ class Recipe:
             name = rule.recipe if isinstance(rule.recipe, str) else rule.recipe.name
             lines.append(f"  {name} for {rule}")
         return "\n".join(lines)
-
-
-def first_or_last(layer: LayerInfo) -> bool:
-    """The model's first or last layer. A model of fewer than three has no layer between, so the rule is silent."""
-    return layer.count > 2 and layer.index in (0, layer.count - 1)
-
-
-def depthwise(layer: LayerInfo) -> bool:
-    """A convolution whose groups have one input channel each."""
-    groups = getattr(layer.module, "groups", 1)
-    return groups > 1 and groups == getattr(layer.module, "in_channels", 0)
-
-
-def pointwise(layer: LayerInfo) -> bool:
-    """A convolution of kernel size 1."""
-    kernel = getattr(layer.module, "kernel_size", None)
-    return isinstance(kernel, tuple) and all(k == 1 for k in kernel)
-
-
-def bottom_pointwise(layer: LayerInfo) -> bool:
-    """A 1x1 convolution that does not widen: the first, reducing one of a bottleneck block."""
-    module = layer.module
-    return pointwise(layer) and int(getattr(module, "out_channels", 0)) <= int(getattr(module, "in_channels", 0))
-
-
-_SUN = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
-
-_HIGH_PRECISION: tuple[Rule, ...] = (
-    Rule(recipe="fp32", when=first_or_last, why="first or last layer"),
-    Rule(recipe="fp32", when=depthwise, why="depthwise convolution"),
-)
-_INT4 = Fprop(input=Pact(signed=None), weight=Sawb())
-_TWO_PHASE = TwoPhase()
-_E5M2 = Nearest(fmt="fp8_e5m2")
-_FP8_GRADIENTS = Recipe(
-    name="ibm2020_fp8_gradients",
-    description="INT4 forward, FP8 gradients: what hybrid recipes give their 1x1 convolutions.",
-    source=f"{_SUN}, section 4.2",
-    fprop=_INT4,
-    dgrad=Dgrad(grad_output=_E5M2),
-    wgrad=Wgrad(grad_output=_E5M2),
-    grad_scale=LayerGradScale(),
-)
-
-
-def _ibm(
-    name: str,
-    description: str,
-    where: str,
-    *,
-    dgrad: Grid | None = _TWO_PHASE.for_dgrad,
-    wgrad: Grid | None = _TWO_PHASE.for_wgrad,
-    grad_scale: GradScaleSpec | None = LayerGradScale(),  # noqa: B008 - a frozen value
-    rules: tuple[Rule, ...] = (),
-) -> Recipe:
-    """A member of the paper's family: INT4 forward, first, last and depthwise layers in high precision."""
-    return Recipe(
-        name=name,
-        description=description,
-        source=f"{_SUN}, {where}",
-        fprop=_INT4,
-        dgrad=Dgrad(grad_output=dgrad),
-        wgrad=Wgrad(grad_output=wgrad),
-        grad_scale=grad_scale,
-        rules=(*_HIGH_PRECISION, *rules),
-    )
-
-
-_ALL: tuple[Recipe, ...] = (
-    Recipe(name="fp32", description="Nothing is converted: the baseline."),
-    Recipe(name="bf16", description="Every GEMM in bfloat16: the 16-bit baseline.", dtype=torch.bfloat16),
-    Recipe(
-        name="article",
-        description="Min-max INT4 for every layer's input and weight, the data too; two-phase radix-4 gradients.",
-        source="the popular account of Sun et al. 2020: [min, max] becomes -8 to 7, anew every round",
-        fprop=Fprop(input=MinMax(), weight=MinMax(momentum=0.0)),
-        dgrad=Dgrad(grad_output=_TWO_PHASE.for_dgrad),
-        wgrad=Wgrad(grad_output=_TWO_PHASE.for_wgrad),
-        grad_scale=LayerGradScale(),
-    ),
-    _ibm("ibm2020", "INT4 SAWB weights, INT4 PACT activations, radix-4 FP4 gradients in two phases.", "section 3"),
-    _ibm(
-        "ibm2020_dw_fp8",
-        "ibm2020 with FP8 (1-5-2) gradients for grad_weight.",
-        "section 4.2 (dx FP4, dW FP8)",
-        wgrad=_E5M2,
-    ),
-    _ibm(
-        "ibm2020_1x1_fp8",
-        "ibm2020 with FP8 gradients in every 1x1 convolution.",
-        "section 4.2",
-        rules=(Rule(recipe=_FP8_GRADIENTS, when=pointwise, why="1x1 convolution"),),
-    ),
-    _ibm(
-        "ibm2020_bottom_1x1_fp8",
-        "ibm2020 with FP8 gradients in the first, reducing 1x1 convolution of a bottleneck.",
-        "section 4.2",
-        rules=(Rule(recipe=_FP8_GRADIENTS, when=bottom_pointwise, why="reducing 1x1 convolution"),),
-    ),
-    _ibm(
-        "int4_forward_only",
-        "INT4 weights and activations, gradients in floating point.",
-        "Table 1, second column",
-        dgrad=None,
-        wgrad=None,
-        grad_scale=None,
-    ),
-    _ibm(
-        "one_phase",
-        "Ablation: ibm2020 with the even phase for both gradient GEMMs.",
-        "Fig. 1d",
-        wgrad=_TWO_PHASE.for_dgrad,
-    ),
-    _ibm(
-        "loss_scale",
-        "Ablation: ibm2020 with one dynamic scale for the whole network.",
-        "Fig. 1c",
-        grad_scale=LossScale(),
-    ),
-    _ibm(
-        "radix2_130",
-        "Ablation: radix-2 1-3-0 gradients for grad_input, FP8 for grad_weight, one dynamic scale.",
-        "Fig. 1a",
-        dgrad=Nearest(fmt="fp4_e3m0"),
-        wgrad=_E5M2,
-        grad_scale=LossScale(),
-    ),
-    _ibm(
-        "radix2_121",
-        "Ablation: 1-2-1 gradients for grad_input, FP8 for grad_weight, one dynamic scale.",
-        "Fig. 1a",
-        dgrad=Nearest(fmt="fp4_e2m1"),
-        wgrad=_E5M2,
-        grad_scale=LossScale(),
-    ),
-)
-
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
-"""The recipes by name."""
-
-
-def get(recipe: str | Recipe) -> Recipe:
-    """The recipe of that name; a `Recipe` is returned as it is.
-
-    Raises:
-        UnknownNameError: if there is none of that name; the text suggests the nearest.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise UnknownNameError("recipe", recipe, RECIPES)
-    return RECIPES[recipe]
