@@ -300,3 +300,17 @@ def test_no_image(tmp_path, capsys):
     (tmp_path / "in.png").write_text("no picture")
     assert main(["quantize", "in.png", "--out", "out.png"]) == 2
     assert "in.png is no image that Pillow can read" in capsys.readouterr().err
+
+
+def test_an_unsigned_format_is_not_replaced_by_the_signed_one():
+    """uint4 divides [0, 255] into fifteen steps from zero: its codes are the steps, and its name is its own."""
+    q = picture.quantize_pixels(torch.arange(100.0, 256.0), formats.uint4)
+    assert q.format is formats.uint4
+    assert (int(q.codes().min()), int(q.codes().max())) == (6, 15)  # 100 / 17 = 5.9
+
+
+@pytest.mark.parametrize("name", ["foo", "tpu"])
+def test_an_accelerator_that_is_not_there(name, capsys):
+    """A device that does not exist is a user's error in one line, not a traceback and not a diverged run."""
+    assert main(["train", "digits", "--recipe", "fp32", "--size", "smoke", "--accelerator", name]) == 2
+    assert f"The accelerator {name!r} cannot be used here" in capsys.readouterr().err

@@ -44,7 +44,7 @@ from halfbyte.recipes import (
 EVEN, ODD = "fp4_e3m0_r4", "fp4_e3m0_r4_odd"
 ACTIVATION = "uint4|int4"
 
-# The list of names; slots as spec sections 0, 4.2 (of the paper, here 6) and 7 give them: fprop input and
+# Every recipe by name; slots as spec sections 0, 4.2 (of the paper, here 6) and 7 give them: fprop input and
 # weight, the two grad_output slots, and the scale. The other two slots reuse the forward codes.
 SLOTS: dict[str, tuple[str, str, str, str, type | None]] = {
     "fp32": ("float", "float", "float", "float", None),

@@ -68,6 +68,7 @@ def comparison_table(result: Comparison) -> Table:
     if paired:
         table.add_column("95 % interval", justify="right", no_wrap=True)
     table.add_column("time (emulation)", justify="right")
+    table.add_column("kept", justify="right")
     for name, entry in result.summary.items():
         table.add_row(name, *_cells(entry, paired=paired))
     return table
@@ -76,13 +77,14 @@ def comparison_table(result: Comparison) -> Table:
 def _cells(entry: Summary, *, paired: bool) -> list[str]:
     """One recipe's cells, without its name."""
     if entry.mean is None:
-        return ["diverged", *["-"] * (3 if paired else 2)]
+        return ["diverged", *["-"] * (4 if paired else 3)]
     gap = "-" if entry.gap is None else f"{entry.gap:+.2f}"
     interval = (
         [] if not paired else ["-" if not entry.paired else f"{entry.paired.low:+.2f} to {entry.paired.high:+.2f}"]
     )
     time = "-" if entry.time_ratio is None else f"{entry.time_ratio:.2f}×"
-    return [f"{entry.mean:.2f} ± {entry.std:.2f}", gap, *interval, time]
+    kept = "-" if entry.saved_bytes_ratio is None else f"{entry.saved_bytes_ratio:.2f}×"
+    return [f"{entry.mean:.2f} ± {entry.std:.2f}", gap, *interval, time, kept]
 
 
 def _caption(result: Comparison, *, paired: bool) -> str:

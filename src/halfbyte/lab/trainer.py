@@ -94,7 +94,7 @@ def train(
 
     Raises:
         UnknownNameError: if there is no such task, recipe, size or network.
-        HalfbyteError: if ``out_dir`` already holds a run.
+        HalfbyteError: if ``out_dir`` already holds a run, or there is no such accelerator.
         CheckpointError: if ``resume`` holds no checkpoint, a damaged one, or that of another run.
         DivergedError: if the loss stops being a finite number.
         Interrupted: on Ctrl-C or SIGTERM, after the checkpoint is written.
@@ -114,7 +114,13 @@ def train(
     if accelerator != "cpu":
         # CUDA's matrix library is reproducible only with a fixed workspace, and reads this when it first starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true")
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true")
+    except (ValueError, RuntimeError) as error:
+        raise HalfbyteError(
+            f"The accelerator {accelerator!r} cannot be used here ({error}). Possible: cpu, auto, and cuda or mps where "
+            "there is one."
+        ) from error
     with reproducible(seed, fabric.device), signals(heard=folder is not None) as received:
         loop = _Loop(run, fabric, folder)
         if resume is not None:

@@ -84,7 +84,12 @@ def output_scale(a: QTensor, b: QTensor) -> Tensor:
 
 
 def _floating(operand: QTensor | Tensor, dtype: torch.dtype) -> Tensor:
-    return operand.dequantize(dtype) if isinstance(operand, QTensor) else operand
+    if not isinstance(operand, QTensor):
+        return operand
+    if operand.format.kind == "int" and operand.zero_point is None:
+        # The same numbers as `dequantize` gives, and several times sooner: one whole number times one scale.
+        return decode(operand, dtype).mul_(operand.scale)
+    return operand.dequantize(dtype)
 
 
 def _bound(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> int:
@@ -164,7 +169,7 @@ def _rounded(products: list[tuple[int, Tensor]], bound: int) -> Tensor:
     exact = torch.float64 if bound < _EXACT_FLOAT64 else torch.int64
     wide = total.to(exact)
     for other_weight, part in products[1:]:
-        wide.add_(part.to(exact), alpha=other_weight)
+        wide.add_(part if exact == torch.float64 else part.to(exact), alpha=other_weight)
     return wide.float()
 
 
