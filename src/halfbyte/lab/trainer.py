@@ -116,10 +116,10 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true")
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         raise HalfbyteError(
-            f"The accelerator {accelerator!r} cannot be used here ({error}). Possible: cpu, auto, and cuda or mps where "
-            "there is one."
+            f"The accelerator {accelerator!r} cannot be used here ({error}). Possible: cpu, auto, and cuda or mps "
+            "where there is one."
         ) from error
     with reproducible(seed, fabric.device), signals(heard=folder is not None) as received:
         loop = _Loop(run, fabric, folder)
