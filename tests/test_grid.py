@@ -8,39 +8,11 @@ from fractions import Fraction
 import pytest
 import torch
 
+from golden import RADIX4
 from halfbyte import Nearest, Phase, Radix4, TwoPhase, formats, oracle, quantize
 from halfbyte.errors import SpecError, UnknownNameError
 from halfbyte.quantizers.grid import largest_log2_scale, power_of_two
 
-# The golden table of spec section 3: x, even value, even code, odd value, odd code.
-RADIX4 = [
-    (0.00488, 0, 0, 0, 0),
-    (0.0048828125, 0, 0, 0.0078125, 1),
-    (0.0078125, 0, 0, 0.0078125, 1),
-    (0.009765, 0, 0, 0.0078125, 1),
-    (0.009765625, 0.015625, 1, 0.0078125, 1),
-    (0.02, 0.015625, 1, 0.03125, 2),
-    (0.039, 0.015625, 1, 0.03125, 2),
-    (0.0390625, 0.0625, 2, 0.03125, 2),
-    (0.15625, 0.25, 3, 0.125, 3),
-    (0.5, 0.25, 3, 0.5, 4),
-    (0.62499, 0.25, 3, 0.5, 4),
-    (0.625, 1, 4, 0.5, 4),
-    (1, 1, 4, 0.5, 4),
-    (1.2499, 1, 4, 0.5, 4),
-    (1.25, 1, 4, 2, 5),
-    (2.4999, 1, 4, 2, 5),
-    (2.5, 4, 5, 2, 5),
-    (5, 4, 5, 8, 6),
-    (9.99, 4, 5, 8, 6),
-    (10, 16, 6, 8, 6),
-    (20, 16, 6, 32, 7),
-    (39.9, 16, 6, 32, 7),
-    (40, 64, 7, 32, 7),
-    (1e4, 64, 7, 32, 7),
-    (-3, -4, 13, -2, 13),
-    (-0.7, -1, 12, -0.5, 12),
-]
 FLOATS = ["fp4_e3m0_r4", "fp4_e3m0_r4_odd", "fp4_e3m0", "fp4_e2m1", "fp4_e1m2", "fp8_e4m3", "fp8_e5m2"]
 
 
@@ -48,7 +20,7 @@ FLOATS = ["fp4_e3m0_r4", "fp4_e3m0_r4_odd", "fp4_e3m0", "fp4_e2m1", "fp4_e1m2", 
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_radix4_golden_table(phase, log2_scale, dtype):
-    """The golden table of spec section 3 holds in both phases, and under any power-of-two scale."""
+    """The golden table holds in both phases, and under any power-of-two scale."""
     scale = 2.0**log2_scale
     q = quantize(torch.tensor([row[0] for row in RADIX4], dtype=dtype) * scale, Radix4(phase=phase), scale=scale)
     value, code = (1, 2) if phase is Phase.EVEN else (3, 4)
@@ -64,7 +36,7 @@ def test_radix4_scale_is_one_unless_given():
 
 
 def test_odd_phase_is_half_of_even_of_twice():
-    """Q_odd(x) = Q_even(2 x) / 2, code for code (spec section 5)."""
+    """Q_odd(x) = Q_even(2 x) / 2, code for code (Sun et al. 2020, section 6)."""
     x = torch.cat(
         [torch.randn(20_000) * 2.0 ** torch.randint(-9, 8, (20_000,)), torch.tensor([row[0] for row in RADIX4])]
     )
@@ -74,7 +46,7 @@ def test_odd_phase_is_half_of_even_of_twice():
 
 
 def test_the_two_phases_never_both_round_up():
-    """Spec section 5: within the range both of both phases, errors are opposite or both down, never both up."""
+    """Within the range both of both phases, errors are opposite or both down, never both up."""
     x = torch.rand(20_000) * 29.9 + 0.1
     up = [quantize(x, Radix4(phase=phase)).dequantize() > x for phase in Phase]
     assert not (up[0] & up[1]).any()
@@ -85,7 +57,7 @@ def test_the_two_phases_never_both_round_up():
 @pytest.mark.parametrize(
     ("fmt", "x", "expected"),
     [
-        # Spec section 10.8: E2M1 and E4M3 ties and their neighbors.
+        # IEEE ties to even: E2M1 and E4M3 ties and their neighbors.
         ("fp4_e2m1", [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 5.01, 7, -0.75], [0, 1, 1, 2, 2, 4, 4, 6, 6, -1]),
         (
             "fp8_e4m3",
@@ -196,7 +168,7 @@ def test_the_sign_of_zero_is_kept():
 
 
 def test_two_phase_gives_even_to_dgrad_and_odd_to_wgrad():
-    """The paper's choice (spec section 11, row 12)."""
+    """The paper's choice (section 3.3)."""
     assert TwoPhase().for_dgrad == Radix4(phase=Phase.EVEN)
     assert TwoPhase().for_wgrad == Radix4(phase=Phase.ODD)
 

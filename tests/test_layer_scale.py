@@ -45,7 +45,7 @@ def step(state: GradScaleState, *amaxes: float, limit: float = MAX) -> int:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_vote(amax, expected, dtype):
-    """Fig. 3a at MAX = 64: +1 in (0, 32], 0 in (32, 64], -1 beyond and for NaN; all-zero stays (spec section 10.5)."""
+    """Fig. 3a at MAX = 64: +1 in (0, 32], 0 in (32, 64], -1 beyond and for NaN; all-zero stays."""
     assert vote(torch.tensor(amax, dtype=dtype), MAX) == expected
 
 
@@ -126,12 +126,12 @@ def test_a_first_gradient_that_says_nothing_does_not_set_the_scale(amax):
 
 @pytest.mark.parametrize("amax", [math.nan, math.inf])
 def test_a_broken_gradient_votes_down(amax):
-    """NaN and infinity vote -1 (spec section 4), even beside a small gradient of the same step."""
+    """NaN and infinity vote -1, even beside a small gradient of the same step."""
     assert step(LayerGradScale(log2_first=0).build(), 1e-6, amax, 1e-6) == -1
 
 
 def test_scale_stays_within_its_limits():
-    """It never leaves [2^-40, 2^60], by votes or at the start (spec section 11, row 5)."""
+    """It never leaves [2^-40, 2^60], by votes or at the start."""
     up, down = LayerGradScale(log2_first=58).build(), LayerGradScale(log2_first=-38).build()
     assert [step(up, 1e-38) for _ in range(4)] == [59, 60, 60, 60]
     assert [step(down, 1e38) for _ in range(4)] == [-39, -40, -40, -40]
@@ -202,7 +202,7 @@ def test_exact_scale_keeps_its_limits():
 
 
 def test_loss_scale_starts_at_2_to_16():
-    """As in mixed-precision training (spec section 4, alternatives); the first gradient does not move it."""
+    """As in mixed-precision training (dynamic loss scaling); the first gradient does not move it."""
     assert int(LossScale().build().exponent(torch.tensor(1e-9), MAX)) == 16
     assert LossScale().growth_interval == 2000
 

@@ -15,10 +15,10 @@ from halfbyte.quantizers.linear import SAWB_COEFFICIENTS, SAWB_REFIT
 
 RANGES = [(0.2, 0.9), (0.1, 0.7), (0.0, 1.0), (-1.0, 1.0), (-3.0, -1.0), (-1e-4, 3e-4), (1e6, 1e6 + 1), (-5e7, 2e8)]
 
-# Spec section 1.7, computed there with the formulas of fms-model-optimizer.
+# A worked example: the formulas of fms-model-optimizer (fms_mo/quant/quantizers.py) on twelve weights.
 GOLDEN_W = [-1.2, -0.7, -0.31, -0.05, 0, 0.02, 0.11, 0.25, 0.4, 0.66, 0.9, 1.5]
 
-# Spec section 1.1 (sawb_params and sawb_params_code) and, bold there, section 1.5: levels -> (c1, c2).
+# fms-model-optimizer's sawb_params and sawb_params_code, and our refit where they have none: levels -> (c1, c2).
 COEFFICIENTS = {
     3: (2.6, -1.71),  # code 103
     4: (3.12, -2.064),
@@ -243,7 +243,7 @@ def test_minmax_refuses_what_means_nothing(fields, text):
 
 
 def test_sawb_coefficients_are_those_of_the_sources():
-    """The table holds IBM's values where they exist and the refit elsewhere (spec sections 1.1 and 1.5), no more."""
+    """The table holds IBM's values where they exist and the refit elsewhere, no more."""
     assert SAWB_COEFFICIENTS == COEFFICIENTS
     assert sorted(SAWB_REFIT) == [7, 31, 63, 64, 128]
 
@@ -251,13 +251,13 @@ def test_sawb_coefficients_are_those_of_the_sources():
 @pytest.mark.parametrize(
     ("levels", "clip", "expected"),
     [
-        # x_hat of spec section 1.7 divided by clip / 7, and by clip / 15: -1.269865 = -4/7 of the clip, and so on.
+        # x_hat of the worked example divided by clip / 7, and by clip / 15: -1.269865 = -4/7 of the clip, and so on.
         (15, 2.2222635333, [-4, -2, -1, 0, 0, 0, 0, 1, 1, 2, 3, 5]),
         (16, 2.2776849411, [-7, -5, -3, -1, 1, 1, 1, 1, 3, 5, 5, 9]),
     ],
 )
 def test_sawb_golden_levels(levels, clip, expected):
-    """The golden vector of spec section 1.7 gives its clip, to float32, and its levels exactly."""
+    """The worked example gives its clip, to float32, and its levels exactly."""
     quantizer = Sawb(levels=levels).build()
     q = quantizer.quantize(torch.tensor(GOLDEN_W), observe=True).q
     # Half a float32 unit at 2.2 and half a unit of the golden value's last digit.
@@ -277,14 +277,14 @@ def test_sawb_golden_levels(levels, clip, expected):
     ],
 )
 def test_sawb_golden_dequantized_vector(levels, expected):
-    """The dequantized golden vector of spec section 1.7, to its six digits (and one float32 rounding)."""
+    """The dequantized worked example, to its six digits (and one float32 rounding)."""
     found = quantize(torch.tensor(GOLDEN_W), Sawb(levels=levels)).dequantize(torch.float64)
     assert (found - torch.tensor(expected, dtype=torch.float64)).abs().max() <= 5e-7 + 2.0**-23
 
 
 @pytest.mark.parametrize(
     ("bits", "levels", "clip"),
-    # Spec section 1.5, "Check against IBM for a Gaussian", the first number of each pair.
+    # c1 - |c2| * sqrt(2 / pi): a unit Gaussian has the mean square 1 and the mean magnitude sqrt(2 / pi).
     [
         (2, 4, 1.473),
         (2, 3, 1.236),
@@ -298,7 +298,7 @@ def test_sawb_golden_dequantized_vector(levels, expected):
     ],
 )
 def test_sawb_clip_of_a_gaussian(bits, levels, clip):
-    """On the quantiles of a unit Gaussian every IBM pair of coefficients gives the clip that spec section 1.5 lists.
+    """On the quantiles of a unit Gaussian every IBM pair of coefficients gives c1 - |c2| * sqrt(2 / pi).
 
     200,000 midpoint quantiles have a mean square short of 1 by about 1e-5, which the coefficients raise to 2e-4.
     """
@@ -344,7 +344,7 @@ def test_sawb_uses_as_many_levels_as_it_says(bits, aligned):
 def test_sawb_ties_go_as_the_option_says(shifted, expected):
     """7 w / clip at 0.5, 1.5, -0.5, 2.5, -2.5 exactly (clip 7): IBM's shifted form rounds 7.5 and 8.5 to 8, 6.5 to 6.
 
-    Spec section 1.2; 9.5 goes to 10 and 4.5 to 4 by the same rule.
+    As fms-model-optimizer rounds; 9.5 goes to 10 and 4.5 to 4 by the same rule.
     """
     w = torch.tensor([0.5, 1.5, -0.5, 2.5, -2.5])
     assert integers(quantize(w, Sawb(ibm_shifted=shifted), scale=1.0)) == expected

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from golden import RADIX4
 from halfbyte import formats, oracle
 from halfbyte.formats import FORMATS, Format
 
@@ -21,42 +22,8 @@ R4, R4_ODD = formats.fp4_e3m0_r4, formats.fp4_e3m0_r4_odd
 BINARY64 = {"precision": 53, "min_exponent": -1022, "max_exponent": 1023}
 BINARY16 = {"precision": 11, "min_exponent": -14, "max_exponent": 15}
 
-# x, even value and code, odd value and code. Worked from Sun et al. 2020: Fig. 2c for even, section 6 for odd
-# (Q_odd(x) = Q_even(2x) / 2): thresholds 0.625 * 4^n and half of them, ties up, saturation at 64 and 32.
-GOLDEN = [
-    (0.00488, 0, 0, 0, 0),
-    (0.0048828125, 0, 0, 0.0078125, 1),
-    (0.0078125, 0, 0, 0.0078125, 1),
-    (0.009765, 0, 0, 0.0078125, 1),
-    (0.009765625, 0.015625, 1, 0.0078125, 1),
-    (0.02, 0.015625, 1, 0.03125, 2),
-    (0.039, 0.015625, 1, 0.03125, 2),
-    (0.0390625, 0.0625, 2, 0.03125, 2),
-    (0.15625, 0.25, 3, 0.125, 3),
-    (0.5, 0.25, 3, 0.5, 4),
-    (0.62499, 0.25, 3, 0.5, 4),
-    (0.625, 1, 4, 0.5, 4),
-    (1, 1, 4, 0.5, 4),
-    (1.2499, 1, 4, 0.5, 4),
-    (1.25, 1, 4, 2, 5),
-    (2.4999, 1, 4, 2, 5),
-    (2.5, 4, 5, 2, 5),
-    (5, 4, 5, 8, 6),
-    (9.99, 4, 5, 8, 6),
-    (10, 16, 6, 8, 6),
-    (20, 16, 6, 32, 7),
-    (39.9, 16, 6, 32, 7),
-    (40, 64, 7, 32, 7),
-    (64, 64, 7, 32, 7),
-    (100, 64, 7, 32, 7),
-    (1e4, 64, 7, 32, 7),
-    (math.inf, 64, 7, 32, 7),
-    (-3, -4, 13, -2, 13),
-    (-0.7, -1, 12, -0.5, 12),
-]
 
-
-@pytest.mark.parametrize(("x", "even", "even_code", "odd", "odd_code"), GOLDEN)
+@pytest.mark.parametrize(("x", "even", "even_code", "odd", "odd_code"), RADIX4)
 def test_golden_table_of_radix_4(x: float, even: float, even_code: int, odd: float, odd_code: int) -> None:
     """Both phases of radix 4 give the worked table's values and codes."""
     assert (oracle.round(R4, x), oracle.encode(R4, x)) == (even, even_code)

@@ -16,7 +16,7 @@ from halfbyte.errors import NonFiniteWarning, SpecError
 from halfbyte.formats import int4, int8, uint4
 from halfbyte.quantizers.pact import MIN_CLIP
 
-# Spec section 2.3: alpha = 6, unsigned 4 bits, g = 0.1 * [1..12].
+# A worked example of PACT (arXiv 1805.06085, Eqs. 1-3): alpha = 6, unsigned 4 bits, g = 0.1 * [1..12].
 GOLDEN_X = [-1, 0, 0.1, 0.39, 0.4, 0.5, 1, 2.5, 5.9, 6, 6.1, 9]
 GOLDEN_CODES = [0, 0, 0, 1, 1, 1, 2, 6, 15, 15, 15, 15]
 GOLDEN_Y = [0, 0, 0, 0.4, 0.4, 0.4, 0.8, 2.4, 6, 6, 6, 6]
@@ -43,20 +43,20 @@ def beyond(x: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_golden_codes():
-    """The golden integers of spec section 2.3; 2.5 * 15 / 6 = 6.25 goes to 6."""
+    """The worked example's integers; 2.5 * 15 / 6 = 6.25 goes to 6."""
     q = quantize(torch.tensor(GOLDEN_X), Pact(clip=6.0))
     assert q.format is uint4
     assert q.codes().tolist() == GOLDEN_CODES
 
 
 def test_golden_values():
-    """The golden y of spec section 2.3: codes times 6 / 15, one float32 rounding of the scale apart."""
+    """The worked example's y: codes times 6 / 15, one float32 rounding of the scale apart."""
     found = quantize(torch.tensor(GOLDEN_X), Pact(clip=6.0)).dequantize(torch.float64)
     assert (found - torch.tensor(GOLDEN_Y, dtype=torch.float64)).abs().max() <= 6 * 2.0**-24
 
 
 def test_golden_gradient_of_the_input():
-    """dx of spec section 2.3: zero outside [0, 6], unchanged inside, both ends included."""
+    """The worked example's dx: zero outside [0, 6], unchanged inside, both ends included."""
     grad = 0.1 * torch.arange(1, 13)
     grad_x, _ = gradients(Pact(clip=6.0), torch.tensor(GOLDEN_X), grad)
     expected = grad.clone()
@@ -65,7 +65,7 @@ def test_golden_gradient_of_the_input():
 
 
 def test_golden_gradient_of_the_clip():
-    """d alpha of spec section 2.3 is 1.0 + 1.1 + 1.2 = 3.3: the element at exactly 6 counts."""
+    """The worked example's d alpha is 1.0 + 1.1 + 1.2 = 3.3: the element at exactly 6 counts."""
     grad = 0.1 * torch.arange(1, 13)
     _, grad_clip = gradients(Pact(clip=6.0), torch.tensor(GOLDEN_X), grad)
     assert grad_clip == grad[9:].double().sum().float()
@@ -146,7 +146,7 @@ def test_gradients_at_every_size(n, signed):
 def test_pact_plus_equals_autograd_of_the_straight_through_form(signed, clip):
     """PACT+ gradients are autograd's of (z + (round z - z).detach()) * step, z = x / step, step = alpha / n.
 
-    Spec section 10.7. Ours takes z in float64 from a float32 reciprocal: z errs by 15 * 2^-24 at most, each weight by
+    Ours takes z in float64 from a float32 reciprocal: z errs by 15 * 2^-24 at most, each weight by
     a fifteenth of it, and the sum of 400 of them by 400 |g| 2^-24; the result is rounded to float32 once.
     """
     levels = 7 if signed else 15
@@ -326,7 +326,7 @@ def test_chosen_unsigned_does_not_warn_about_negative_input():
 
 @pytest.mark.parametrize("value", [MIN_CLIP / 2, 0.0, -1.0])
 def test_clip_below_the_floor_acts_as_the_floor(value):
-    """A clip pushed to zero or beyond acts as 1e-3 (spec section 2.3) and still gets its gradient."""
+    """A clip pushed to zero or beyond acts as 1e-3 and still gets its gradient."""
     quantizer = Pact(clip=1.0).build()
     with torch.no_grad():
         quantizer.clip.fill_(value)

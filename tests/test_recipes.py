@@ -44,7 +44,7 @@ from halfbyte.recipes import (
 EVEN, ODD = "fp4_e3m0_r4", "fp4_e3m0_r4_odd"
 ACTIVATION = "uint4|int4"
 
-# Every recipe by name; slots as spec sections 0, 4.2 (of the paper, here 6) and 7 give them: fprop input and
+# Every recipe by name; slots as Sun et al. 2020, Fig. 4b, section 4.2 and Table 1 give them: fprop input and
 # weight, the two grad_output slots, and the scale. The other two slots reuse the forward codes.
 SLOTS: dict[str, tuple[str, str, str, str, type | None]] = {
     "fp32": ("float", "float", "float", "float", None),
@@ -237,7 +237,7 @@ LAYERS = ["stem", "block.conv1", "block.conv2", "block.conv3", "block.downsample
 
 @pytest.mark.parametrize("name", IBM_FAMILY)
 def test_paper_s_rules_keep_first_last_and_depthwise_in_high_precision(name):
-    """Every recipe of the paper's family leaves stem, classifier and depthwise convolution alone (spec section 6)."""
+    """Every recipe of the paper's family leaves stem, classifier and depthwise convolution alone (section 5)."""
     found = chosen(convert(Network(), name))
     assert {fqn for fqn, recipe in found.items() if recipe == "fp32"} == {"stem", "dw", "fc"}
 
@@ -247,7 +247,7 @@ def test_paper_s_rules_keep_first_last_and_depthwise_in_high_precision(name):
     [
         ("ibm2020", set()),
         ("ibm2020_1x1_fp8", {"block.conv1", "block.conv3", "block.downsample", "project"}),
-        # The reducing 1x1 (conv1, spec section 11 row 6), and MobileNet's projection, which narrows too.
+        # The reducing 1x1 (conv1), and MobileNet's projection, which narrows too.
         ("ibm2020_bottom_1x1_fp8", {"block.conv1", "project"}),
     ],
 )

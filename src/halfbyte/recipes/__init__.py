@@ -1,14 +1,4 @@
-"""Recipes: what each operand of a layer's three GEMMs becomes, and which layers are left alone. Data, nothing else.
-
-A layer has three GEMMs of two operands each: six slots.
-
-    fprop(input, weight)         -> output
-    dgrad(grad_output, weight)   -> grad_input
-    wgrad(grad_output, input)    -> grad_weight
-
-A slot holds a `Spec`, or `REUSE` (the codes that fprop made), or None (floating point). A variant of a recipe is
-``dataclasses.replace(recipe, ...)``; a new one is a new `Recipe`.
-"""
+"""Recipes: what each operand of a layer's three GEMMs becomes, and which layers are left alone. Data, nothing else."""
 
 from __future__ import annotations
 
