@@ -130,7 +130,21 @@ def _products(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> list[t
             else:
                 part = _apply_float32(which, plane_a.float(), plane_b.float(), geometry)
             results.append((weight_a * weight_b, part))
-    return results
+    return _merged(results, bound) if isinstance(geometry, Linear) else results
+
+
+def _merged(products: list[tuple[int, Tensor]], bound: int) -> list[tuple[int, Tensor]]:
+    """The same sum in fewer int32 parts, each |part| <= bound: added up while no result can pass 2^31."""
+    merged: list[tuple[int, Tensor]] = []
+    reach = 0
+    for weight, part in sorted(products, key=lambda product: product[0]):
+        if merged and weight % merged[-1][0] == 0 and reach + weight // merged[-1][0] * bound < _EXACT_INT32:
+            merged[-1][1].add_(part, alpha=weight // merged[-1][0])
+            reach += weight // merged[-1][0] * bound
+        else:
+            merged.append((weight, part))
+            reach = bound
+    return merged
 
 
 def _apply_float32(which: Gemm, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
@@ -158,10 +172,6 @@ def _rounded(products: list[tuple[int, Tensor]], bound: int) -> Tensor:
     weight, total = products[0]
     if len(products) == 1:
         return total.float() if weight == 1 else total.double().mul_(weight).float()
-    if total.dtype == torch.int32 and bound < _EXACT_INT32:
-        for other_weight, part in products[1:]:
-            total.add_(part, alpha=other_weight)
-        return total.float()
     if total.dtype == torch.float32 and len(products) == 2:
         # The second weight is a power of two, so its multiple is exact and the addition rounds once.
         return total.add_(products[1][1], alpha=products[1][0])
