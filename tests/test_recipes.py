@@ -70,7 +70,7 @@ def shown(spec: Any) -> str:
 
 
 def test_every_name_of_the_issue_exists_and_no_other():
-    """The table holds the twelve recipes that the issue lists, each under its own name."""
+    """The table holds twelve recipes, each under its own name."""
     assert set(RECIPES) == set(SLOTS)
     assert all(recipe.name == name for name, recipe in RECIPES.items())
 
