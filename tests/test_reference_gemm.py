@@ -7,6 +7,7 @@ no code with the package, and for small cases in fractions.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -586,3 +587,17 @@ def test_planes_add_up(fmt: Format) -> None:
     assert found is not None
     assert all(plane.dtype == torch.int8 and plane.shape == q.shape for _, plane in found)
     assert torch.equal(sum(weight * plane.long() for weight, plane in found), integers(q))
+
+
+def test_planes_are_merged_by_the_ratio_of_their_weights() -> None:
+    """Four parts of base 64 that reach 2^30 / 4096 each fill two groups, and their weighted sum stays the same."""
+    bound = (1 << 30) // 4096
+    parts = [(64**i, torch.full((2,), bound - i, dtype=torch.int32)) for i in range(4)]
+    wanted = sum(weight * int(part[0]) for weight, part in parts)
+    merge = sys.modules["halfbyte.kernels.reference.gemm"]._merged  # the function `gemm` hides its module
+    merged = merge([(weight, part.clone()) for weight, part in reversed(parts)], bound)
+    assert [weight for weight, _ in merged] == [1, 64**3]
+    assert sum(weight * int(part[0]) for weight, part in merged) == wanted
+    again = merge([(weight, part.clone()) for weight, part in parts[1:]], bound)
+    assert [weight for weight, _ in again] == [64]
+    assert sum(weight * int(part[0]) for weight, part in again) == wanted - bound
