@@ -351,7 +351,7 @@ def test_path_patterns_find_paths() -> None:
     for folder in ("root", "home", "work"):
         assert MACHINE_PATH.search(f"see /{folder}/x for more")
     assert REGISTRY_HOST.search("https://pypi." + "org/simple")
-    for harmless in ("src/work/x", "https://example.com/home/x", "../" + "root/x", "~/opt/x"):
+    for harmless in ("src/" + "work/x", "https://example.com/home/x", "../" + "root/x", "~/opt/x"):
         assert not MACHINE_PATH.search(harmless)
 
 
