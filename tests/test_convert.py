@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from halfbyte.errors import ConversionError, UnknownNameError
-from halfbyte.recipes import bottom_pointwise
+from halfbyte.nn import plans_of
+from halfbyte.recipes import LayerInfo, bottom_pointwise
 
 
 class Bottleneck(nn.Module):
@@ -133,29 +134,303 @@ def test_a_recipe_that_would_do_nothing_raises() -> None:
 
 
 def test_what_has_no_twin_is_refused_by_name_and_listed_otherwise() -> None:
-    """Attention and subclasses are left alone and listed; a rule that names one raises."""
+    """Bilinear layers and subclasses are left alone and listed; a rule that names one raises."""
 
     class Own(nn.Linear):
         """A subclass, which may use its weight in its own way."""
 
     def build() -> nn.ModuleDict:
-        return nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "own": Own(8, 8), "proj": nn.Linear(8, 8)})
+        return nn.ModuleDict({"both": nn.Bilinear(8, 8, 2), "own": Own(8, 8), "proj": nn.Linear(8, 8)})
 
     model = hb.convert(build(), "ibm2020")
     why = {layer.fqn: layer.why for layer in hb.summary(model).layers}
-    assert recipes_of(model)["proj"] == "ibm2020"
-    assert why["attention"] == "not converted: no 4-bit twin of this type"
+    assert recipes_of(model) == {"both": "-", "own": "-", "proj": "ibm2020"}
+    assert why["both"] == "not converted: no 4-bit twin of this type"
     assert why["own"] == "not converted: a subclass of Linear"
     with pytest.raises(ConversionError, match="own, a Own, which cannot be converted"):
         hb.convert(build(), "ibm2020", [hb.Rule(fqn="own", recipe="ibm2020")])
-    with pytest.raises(ConversionError, match="attention, a MultiheadAttention"):
-        hb.convert(build(), "ibm2020", [hb.Rule(type=nn.MultiheadAttention, recipe="ibm2020")])
+    with pytest.raises(ConversionError, match="both, a Bilinear"):
+        hb.convert(build(), "ibm2020", [hb.Rule(type=nn.Bilinear, recipe="ibm2020")])
 
 
 def test_a_model_without_layers_is_refused() -> None:
     """A model with nothing to convert is an error that says what could be."""
     with pytest.raises(ConversionError, match="no layer that can be converted"):
-        hb.convert(nn.Sequential(nn.ReLU(), nn.GRU(4, 4)), "ibm2020")
+        hb.convert(nn.Sequential(nn.ReLU(), nn.Bilinear(4, 4, 4)), "ibm2020")
+
+
+def language_model() -> nn.ModuleDict:
+    """Embedding, LSTM, attention, output layer."""
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(10, 8),
+            "lstm": nn.LSTM(8, 8),
+            "attn": nn.MultiheadAttention(8, 2),
+            "head": nn.Linear(8, 10),
+        }
+    )
+
+
+def test_an_embedding_counts_as_the_first_layer() -> None:
+    """In a language model the embedding is first and stays, the LSTM behind it converts, the output is last."""
+    found = recipes_of(hb.convert(language_model(), "ibm2020"))
+    inner = ("lstm.ih_l0", "lstm.hh_l0", "attn.q", "attn.k", "attn.v", "attn.out")
+    assert found == {**dict.fromkeys(inner, "ibm2020"), "attn.qk": "-", "attn.pv": "-", "head": "fp32"}
+    bag = nn.Sequential(nn.EmbeddingBag(10, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    assert recipes_of(hb.convert(bag, "ibm2020")) == {"1": "ibm2020", "2": "fp32"}
+
+
+def test_a_rule_can_name_one_weight_or_the_layer_that_has_it() -> None:
+    """A pattern matches a plan's name or its layer's; a type matches the layer's class; the first that matches wins."""
+    rules = [
+        hb.Rule(fqn="lstm.hh_*", recipe="one_phase"),
+        hb.Rule(fqn="lstm", recipe="article"),
+        hb.Rule(fqn="attn.q", recipe="fp32"),
+        hb.Rule(type=nn.MultiheadAttention, recipe="int8"),
+        hb.Rule(fqn="h*", recipe="luq"),
+    ]
+    found = recipes_of(hb.convert(language_model(), "ibm2020", rules))
+    assert found == {
+        "lstm.ih_l0": "article",
+        "lstm.hh_l0": "one_phase",
+        "attn.q": "fp32",
+        "attn.k": "int8",
+        "attn.v": "int8",
+        "attn.out": "int8",
+        "attn.qk": "-",
+        "attn.pv": "-",
+        "head": "luq",
+    }
+
+
+def test_when_sees_the_plans_name_and_its_layer() -> None:
+    """A predicate is asked with the plan's name, the layer's module, and the layer's place among all."""
+    seen: dict[str, tuple[str, int, int]] = {}
+
+    def look(layer: LayerInfo) -> bool:
+        seen[layer.fqn] = (type(layer.module).__name__, layer.index, layer.count)
+        return False
+
+    hb.convert(
+        language_model(),
+        hb.Recipe(name="own", fprop=hb.Fprop(weight=hb.Sawb()), rules=(hb.Rule(recipe="fp32", when=look),)),
+    )
+    assert seen["lstm.hh_l0"] == seen["lstm"] == ("LSTM", 1, 4)
+    assert seen["attn.out"] == ("MultiheadAttention", 2, 4)
+    assert seen["head"] == ("Linear", 3, 4)
+    assert not any("qk" in name for name in seen)
+
+
+def test_a_model_keeps_what_it_was_promised() -> None:
+    """The root holds each promised plan's recipe by name, through a copy; layers left alone are not in it."""
+    model = hb.convert(language_model(), "ibm2020", [hb.Rule(fqn="attn.pv", recipe="luq")])
+    promise = vars(copy.deepcopy(model))["_halfbyte_promise"]
+    assert promise == {
+        **dict.fromkeys(("lstm.ih_l0", "lstm.hh_l0", "attn.q", "attn.k", "attn.v", "attn.out"), "ibm2020"),
+        "attn.pv_0": "luq",
+        "attn.pv_1": "luq",
+    }
+    assert "_halfbyte_promise" not in vars(hb.restore(model))
+
+
+def test_every_plan_draws_numbers_of_its_own() -> None:
+    """No two plans of a model have the same number, and a rule for one layer changes no other's."""
+    plans = [p for m in hb.convert(language_model(), "luq").modules() for p in plans_of(m).values()]
+    assert len({plan.layer for plan in plans}) == len(plans) == 6
+    other = hb.convert(language_model(), "luq", [hb.Rule(fqn="lstm", recipe="fp32"), hb.Rule(fqn="*.qk", recipe="luq")])
+    numbers = {name: plan.layer for name, plan in plans_of(other["attn"]).items()}
+    assert [numbers[name] for name in ("q", "k", "v", "out")] == [2, 3, 4, 5]
+
+
+def test_the_listing_of_layers_names_their_plans() -> None:
+    """The error for a rule that matches nothing shows the names that a rule can use, the optional ones too."""
+    with pytest.raises(
+        ConversionError, match=r"(?s)lstm  LSTM  \(ih_l0, hh_l0\).*\(q, k, v, out; by name only: qk, pv\)"
+    ):
+        hb.convert(language_model(), "ibm2020", [hb.Rule(fqn="attn.o", recipe="fp32")])
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """A product in a function of its own."""
+    return F.linear(x, weight)
+
+
+class Functional(nn.Module):
+    """Multiplies in a method and in a function that its forward calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 4) to (N, 4)."""
+        return self.mix(project(x, self.weight))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """A product by operator, one by method, one by name."""
+        return torch.einsum("ij,jk->ik", x @ self.weight, x.mm(self.weight))
+
+
+class Own(nn.Module):
+    """A user's attention: no parameter of its own, two products."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each (N, L, D)."""
+        return F.scaled_dot_product_attention(q, k, v) + torch.baddbmm(q, k, v)
+
+
+class Tied(nn.Module):
+    """A language model whose output layer is its embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,) to (N, 10)."""
+        return torch.nn.functional.linear(self.inner(self.embed(x)), self.embed.weight)
+
+
+class Plain(nn.Module):
+    """Names that look like products, and a matrix that is only added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.matmul, self.conv1d = nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv1d(1, 1, 1)
+        self.mm = nn.ReLU()
+        self.position = nn.Parameter(torch.zeros(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(3, 4) to (3, 4)."""
+        return self.mm(self.matmul(self.linear(x) + self.position)) * F.softmax(self.position, -1)
+
+    def unused(self, x: Tensor) -> Tensor:
+        """A product that forward never reaches."""
+        return x @ x
+
+
+def test_a_module_that_multiplies_by_itself_is_listed_with_the_cure() -> None:
+    """Products in forward, in methods and in functions that it calls are found by reading, without running them."""
+    model = nn.ModuleDict({"own": Own(), "functional": Functional(), "linear": nn.Linear(4, 4)})
+    rows = {row.fqn: row for row in hb.summary(hb.convert(model, "article")).layers}
+    assert set(rows) == {"own", "functional", "linear"}
+    assert (rows["functional"].recipe, rows["functional"].formats) == ("-", {})
+    why = rows["functional"].why
+    assert all(text in why for text in ("not converted: ", "linear()", "einsum()", "@", "mm()", "use torch.nn.Linear"))
+    assert all(f"{name}()" in rows["own"].why for name in ("scaled_dot_product_attention", "baddbmm"))
+    assert "halfbyte.ops.matmul" in rows["own"].why
+
+
+def test_a_tied_output_layer_is_listed() -> None:
+    """F.linear on an embedding's weight, the usual way to tie an output layer, is reported for the model itself."""
+    rows = {row.fqn: row.why for row in hb.summary(hb.convert(Tied(), "article")).layers}
+    assert rows[""] == "not converted: linear() in its forward; use torch.nn.Linear"
+    assert set(rows) == {"", "inner"}
+
+
+def test_a_traced_module_and_a_patched_forward_are_read_too() -> None:
+    """What torch.fx wrote out, and a forward that was set on one instance, multiply as much as any other."""
+    traced = torch.fx.symbolic_trace(Tied())
+    assert recipes_of(hb.convert(traced, "article")) == {"": "-", "inner": "article"}
+    patched = nn.Sequential(nn.Linear(4, 4))
+    patched.forward = lambda x: x @ x
+    assert recipes_of(hb.convert(patched, "article")) == {"": "-", "0": "article"}
+
+
+def test_plain_modules_raise_no_false_alarm() -> None:
+    """Layers that are called linear or mm, a matrix that is added, and a method that is not called are no products."""
+    rows = [row.fqn for row in hb.summary(hb.convert(Plain(), "article")).layers]
+    assert rows == ["linear", "matmul", "conv1d"]
+    assert len(hb.summary(network()).layers) == 7
+    assert {row.kind for row in hb.summary(nn.Transformer(8, 2, 1, 1, 8, batch_first=True)).layers} == {
+        "MultiheadAttention",
+        "Linear",
+    }
+
+
+def test_a_matrix_in_a_module_without_source_is_listed() -> None:
+    """What cannot be read is reported if it holds a matrix, and passed over if it holds none."""
+    made: dict[str, type[nn.Module]] = {}
+    exec(  # a class without a file
+        "from torch import nn\nclass Made(nn.Module):\n    def forward(self, x):\n        return x\n", made
+    )
+    silent, holder = made["Made"](), made["Made"]()
+    holder.matrix = nn.Parameter(torch.rand(2, 2))
+    rows = {row.fqn: row.why for row in hb.summary(nn.ModuleDict({"silent": silent, "holder": holder})).layers}
+    assert rows.keys() == {"holder"}
+    assert "holds matrix" in rows["holder"]
+
+
+def test_a_loss_that_reads_its_layers_weight_is_left_alone() -> None:
+    """LinearCrossEntropyLoss never calls its Linear, so that is not converted, and the loss is listed."""
+    if not hasattr(nn, "LinearCrossEntropyLoss"):
+        pytest.skip("this torch has no LinearCrossEntropyLoss")
+    model = nn.ModuleDict({"loss": nn.LinearCrossEntropyLoss(4, 3), "inner": nn.Linear(4, 4)})
+    assert recipes_of(hb.convert(model, "article")) == {"loss": "-", "inner": "article"}
+
+
+def wrapped_in_class(name: str) -> nn.Module:
+    """A module whose class has a wrapper's name and home, without the machinery of one."""
+    kind = type(name, (nn.Sequential,), {"__module__": "torch.distributed.fsdp"})
+    module: nn.Module = kind(nn.Linear(4, 4))
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: nn.DataParallel(nn.Linear(4, 4)), "wrapped already .DataParallel.: convert the plain model"),
+        (lambda: wrapped_in_class("DistributedDataParallel"), "convert the plain model, then wrap it"),
+        (lambda: wrapped_in_class("FullyShardedDataParallel"), "convert the plain model, then wrap it"),
+        (lambda: wrapped_in_class("FSDPModule"), "convert the plain model, then call fully_shard"),
+        (lambda: torch.compile(nn.Linear(4, 4), backend="eager"), "then call torch.compile"),
+        (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 4))), "convert the plain module"),
+    ],
+)
+def test_what_is_wrapped_already_is_refused(build: Callable[[], nn.Module], text: str) -> None:
+    """Wrapped, sharded, compiled and scripted models are refused with the order that works."""
+    with pytest.raises(ConversionError, match=text):
+        hb.convert(build(), "ibm2020")
+    with pytest.raises(ConversionError, match=text):
+        hb.convert(nn.Sequential(build(), nn.Linear(4, 4)), "ibm2020")
+
+
+def test_weights_that_are_no_plain_floats_are_refused() -> None:
+    """Complex weights and weights of a tensor subclass raise, unless the layer is left alone."""
+
+    class Wrapped(Tensor):
+        """A subclass with operators of its own."""
+
+        __torch_dispatch__ = classmethod(lambda cls, func, types, args=(), kwargs=None: args[0])
+
+    strange = nn.Linear(4, 4)
+    strange.weight = nn.Parameter(Tensor._make_subclass(Wrapped, torch.rand(4, 4)))
+    for layer, text in (
+        (nn.Linear(4, 4, dtype=torch.complex64), "its weight is torch.complex64"),
+        (strange, "Wrapped"),
+    ):
+        with pytest.raises(ConversionError, match=text):
+            hb.convert(nn.Sequential(layer, nn.Linear(4, 4)), "article")
+        hb.convert(nn.Sequential(layer, nn.Linear(4, 4)), "article", [hb.Rule(fqn="0", recipe="fp32")])
+
+
+def test_a_quantized_layer_is_refused() -> None:
+    """A layer that holds quantized weights for inference is named with the cure."""
+    quantized = type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized.modules.linear"})()
+    with pytest.raises(ConversionError, match="quantized for inference; convert the model it came from"):
+        hb.convert(nn.Sequential(quantized, nn.Linear(4, 4)), "ibm2020")
+
+
+def test_a_parametrized_layer_is_left_alone_with_the_cure() -> None:
+    """Parametrized before conversion, a layer is listed with the order that works, which a rule's error names too."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(ConversionError, match="convert first, parametrize then"):
+        hb.convert(model, "ibm2020", [hb.Rule(fqn="0", recipe="ibm2020")])
+    why = {row.fqn: row.why for row in hb.summary(hb.convert(model, "ibm2020")).layers}
+    assert why["0"] == "not converted: a parametrized Linear; convert first, parametrize then"
 
 
 def test_lazy_layers_are_refused() -> None:
@@ -245,9 +520,9 @@ def test_a_bare_layer_converts_in_place() -> None:
 
 
 def test_embeddings_and_norms_are_untouched() -> None:
-    """Only linear and convolution layers change class."""
+    """Embeddings and norms keep their class."""
     model = nn.Sequential(nn.Embedding(10, 8), nn.LayerNorm(8), nn.Linear(8, 8))
-    hb.convert(model, "ibm2020")
+    hb.convert(model, "ibm2020", [hb.Rule(recipe="ibm2020")])
     assert (type(model[0]), type(model[1])) == (nn.Embedding, nn.LayerNorm)
 
 

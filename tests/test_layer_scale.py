@@ -309,14 +309,24 @@ def test_limit_is_what_every_format_in_use_can_hold(specs, limit):
     assert scale_limit(specs) == limit
 
 
+ONCE = {"dgrad": 1, "wgrad": 1}
+
+
 def quantizer(dgrad, wgrad, grad_scale) -> GradQuantizer:
-    return GradQuantizer(dgrad, wgrad, grad_scale.build())
+    return GradQuantizer({"dgrad": dgrad, "wgrad": wgrad}, grad_scale.build(), samples=ONCE)
+
+
+def pair_of(quantizer, grad):
+    """What dgrad and wgrad get of a gradient, one part each."""
+    found = quantizer.quantize({"dgrad": grad, "wgrad": grad}, {}, observe=True)
+    assert [len(parts) for parts in found.values()] == [1, 1]
+    return found["dgrad"][0], found["wgrad"][0]
 
 
 def test_both_uses_of_a_gradient_share_one_scale():
     """The two phases are made from the same scaled gradient, and each equals the oracle's rounding of it."""
     grad = torch.randn(200) * 1e-4
-    pair = quantizer(Radix4(), Radix4(phase=Phase.ODD), LayerGradScale(log2_first=17)).quantize_pair(grad)
+    pair = pair_of(quantizer(Radix4(), Radix4(phase=Phase.ODD), LayerGradScale(log2_first=17)), grad)
     for q, fmt in zip(pair, (formats.fp4_e3m0_r4, formats.fp4_e3m0_r4_odd), strict=True):
         assert isinstance(q, QTensor)
         assert q.scale.item() == 2.0**-17
@@ -326,7 +336,7 @@ def test_both_uses_of_a_gradient_share_one_scale():
 def test_unquantized_use_gets_the_gradient_itself():
     """A slot without a spec is left in floating point, untouched."""
     grad = torch.randn(20)
-    for_dgrad, for_wgrad = quantizer(None, Radix4(), ExactGradScale()).quantize_pair(grad)
+    for_dgrad, for_wgrad = pair_of(quantizer(None, Radix4(), ExactGradScale()), grad)
     assert for_dgrad is grad
     assert isinstance(for_wgrad, QTensor)
 
@@ -336,7 +346,7 @@ def test_broken_gradient_gives_nan_and_is_counted(bad):
     """A NaN or infinity in the gradient makes both results NaN, warns, and is counted."""
     both = quantizer(Radix4(), Radix4(phase=Phase.ODD), LayerGradScale())
     with pytest.warns(NonFiniteWarning, match="NaN or infinity"):
-        pair = both.quantize_pair(torch.tensor([1.0, bad]))
+        pair = pair_of(both, torch.tensor([1.0, bad]))
     assert all(q.dequantize().isnan().all() for q in pair)
     assert both.nonfinite == 1
 

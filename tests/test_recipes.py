@@ -12,15 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import (
+    MXFP4,
+    NVFP4,
     RECIPES,
     REUSE,
+    BitSplit,
+    Hadamard,
     LayerGradScale,
+    Lsq,
+    Luq,
     MinMax,
     Nearest,
     Pact,
     Phase,
     Radix4,
     Recipe,
+    Requantize,
     Rule,
     Sawb,
     convert,
@@ -63,15 +70,31 @@ SLOTS: dict[str, tuple[str, str, str, str, type | None]] = {
 IBM_FAMILY = [name for name in SLOTS if name not in ("fp32", "bf16", "article")]
 
 
-def shown(spec: Any) -> str:
-    if spec is None:
+def shown(slot: Any) -> str:
+    if slot is None:
         return "float"
+    spec = slot.spec if isinstance(slot, Requantize) else slot
     return "reuse" if spec is REUSE else "|".join(fmt.name for fmt in spec.formats)
 
 
-def test_every_name_of_the_issue_exists_and_no_other():
-    """The table holds twelve recipes, each under its own name."""
-    assert set(RECIPES) == set(SLOTS)
+# The recipes that followed, by their sources: fprop input and weight, dgrad's two operands, wgrad's two.
+FOLLOWERS: dict[str, tuple[str, str, str, str, str, str]] = {
+    "luq": ("int4", "int4", "fp4_e3m0", "reuse", "fp4_e3m0", "reuse"),
+    "luq_smp2": ("int4", "int4", "fp4_e3m0", "reuse", "fp4_e3m0", "reuse"),
+    "int4_hq_lss": ("int4", "int4", "int4", "reuse", "int4", "reuse"),
+    "mxfp4": ("fp4_e2m1",) * 6,
+    "mxfp4_backward_only": ("float", "float", "fp4_e2m1", "fp4_e2m1", "fp4_e2m1", "fp4_e2m1"),
+    "nvfp4": ("fp4_e2m1", "fp4_e2m1", "fp4_e2m1", "reuse", "fp4_e2m1", "fp4_e2m1"),
+    "quartet": ("fp4_e2m1",) * 6,
+    "quartet2": ("fp4_e2m1",) * 6,
+    "fp8": ("fp8_e4m3", "fp8_e4m3", "fp8_e5m2", "reuse", "fp8_e5m2", "reuse"),
+    "int8": ("int8", "int8", "int8", "reuse", "int8", "reuse"),
+}
+
+
+def test_the_table_holds_the_known_recipes_and_no_other():
+    """The table holds the paper's family and those that followed, each under its own name."""
+    assert set(RECIPES) == {*SLOTS, *FOLLOWERS}
     assert all(recipe.name == name for name, recipe in RECIPES.items())
 
 
@@ -94,7 +117,30 @@ def test_slots_of_every_recipe(name):
     assert recipe.dtype is (torch.bfloat16 if name == "bf16" else None)
 
 
-@pytest.mark.parametrize("name", SLOTS)
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_slots_of_every_follower(name):
+    """The six slots of each later recipe hold the formats that its source gives."""
+    assert tuple(shown(slot) for slot in RECIPES[name].slots.values()) == FOLLOWERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "random"), [("ibm2020", False), ("luq", True), ("quartet", True), ("nvfp4", True), ("fp8", False)]
+)
+def test_a_recipe_says_whether_it_draws(name, random):
+    """`random` is true where rounding or the signs of a rotation are drawn, which is where a seed acts."""
+    assert RECIPES[name].random is random
+
+
+def test_conventions_name_every_field():
+    """Two recipes that differ in one field of one spec have other conventions; the name is none of them."""
+    base = RECIPES["mxfp4"]
+    other = dataclasses.replace(base, fprop=Fprop(input=MXFP4(scale_rule="even"), weight=MXFP4()))
+    assert "scale_rule='floor'" in base.conventions
+    assert other.conventions != base.conventions
+    assert dataclasses.replace(base, name="mine", description="Mine.").conventions == base.conventions
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_text_of_a_recipe_names_its_slots(name):
     """str() names the recipe and its source, and all six slots where something is quantized."""
     recipe = RECIPES[name]
@@ -106,7 +152,7 @@ def test_text_of_a_recipe_names_its_slots(name):
     assert all(str(rule) in text for rule in recipe.rules)
 
 
-@pytest.mark.parametrize("name", SLOTS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_frozen_and_hashable_values(name):
     """A recipe cannot be mutated, is equal to its copy, hashes alike, and survives pickling."""
     recipe = RECIPES[name]
@@ -147,11 +193,53 @@ GRADIENTS: dict[str, Any] = {
     [
         ({"fprop": Fprop(input="int4")}, r"fprop\.input='int4' was given; a Spec or None"),
         ({"fprop": Fprop(weight=REUSE)}, r"fprop\.weight=.* was given; a Spec or None"),
-        ({"dgrad": Dgrad(grad_output=Sawb())}, r"dgrad\.grad_output=.*; Radix4, Nearest or None"),
-        ({"wgrad": Wgrad(grad_output=REUSE)}, r"wgrad\.grad_output=.*; Radix4, Nearest or None"),
-        ({"fprop": Fprop(weight=Radix4(rounding="stochastic"))}, "random rounding is for grad_output slots"),
-        ({"dgrad": Dgrad(weight=4)}, r"dgrad\.weight=4 was given; a Spec, REUSE or None"),
-        ({"wgrad": Wgrad(input=False)}, r"wgrad\.input=False was given; a Spec, REUSE or None"),
+        ({"dgrad": Dgrad(grad_output=Sawb())}, r"dgrad\.grad_output=.*; a spec for gradients such as Radix4"),
+        ({"wgrad": Wgrad(grad_output=REUSE)}, r"wgrad\.grad_output=.*; a spec for gradients such as Radix4"),
+        ({"wgrad": Wgrad(grad_output=MXFP4(scale_rule="quest"))}, r"wgrad\.grad_output=.*; a spec for gradients"),
+        ({"fprop": Fprop(weight=Radix4(rounding="stochastic"))}, "random rounding is for the slots of dgrad and wgrad"),
+        ({"fprop": Fprop(input=NVFP4(rounding="ms_eden"))}, "random rounding is for the slots of dgrad and wgrad"),
+        ({"fprop": Fprop(input=BitSplit())}, "two tensors of one, which only a grad_output slot can take"),
+        ({"dgrad": Dgrad(weight=BitSplit())}, "two tensors of one, which only a grad_output slot can take"),
+        ({"dgrad": Dgrad(weight=4)}, r"dgrad\.weight=4 was given; a Spec, REUSE, Requantize or None"),
+        ({"wgrad": Wgrad(input=False)}, r"wgrad\.input=False was given; a Spec, REUSE, Requantize or None"),
+        ({"wgrad": Wgrad(input=Requantize(spec="int4"))}, "Requantize takes a Spec"),
+        ({"wgrad": Wgrad(input=Requantize(spec=MinMax()))}, "it needs codes of fprop, whose slot is None"),
+        ({"wgrad": Wgrad(input=Requantize(spec=Lsq())), "fprop": Fprop(input=MinMax())}, "a learned clip or step"),
+        (
+            {"fprop": Fprop(input=NVFP4(), weight=NVFP4(square=True))},
+            "the blocks of NVFP4.* run along fprop's reduction",
+        ),
+        ({"fprop": Fprop(weight=MXFP4())}, r"dgrad\.weight=reuse|blocks of MXFP4"),
+        ({"wgrad": Wgrad(samples=3, grad_output=Luq())}, r"wgrad\.samples=3 was given; 1, 2, 4 or 8 is possible"),
+        ({**GRADIENTS, "dgrad": Dgrad(grad_output=Radix4(), samples=2)}, r"dgrad\.samples=2 .* not rounded at random"),
+        ({"wgrad": Wgrad(samples=2)}, "not rounded at random"),
+        ({"dgrad": Dgrad(transform=Hadamard(), weight=None)}, "cancels between two operands in floating point"),
+        ({"dgrad": Dgrad(transform="hadamard")}, "a Hadamard or None is possible"),
+        ({"dgrad": Dgrad(grad_output=Luq(), transform=Hadamard())}, "codes cannot be rotated: give dgrad a spec"),
+        (
+            {**GRADIENTS, "wgrad": Wgrad(grad_output=Radix4(), input=MinMax(), transform=Hadamard())},
+            "use a spec with its own scale",
+        ),
+        ({"fprop": Fprop(input=Sawb(), transform=Hadamard())}, "both operands of fprop need a spec then"),
+        (
+            {"fprop": Fprop(input=Sawb(), weight=Sawb(), transform=Hadamard()), "dgrad": Dgrad(weight=MinMax())},
+            "backward slots REUSE or Requantize",
+        ),
+        (
+            {"fprop": Fprop(input=Sawb(), weight=Sawb(), transform=Hadamard(signs="random"))},
+            "evaluation must not depend on a draw",
+        ),
+        (
+            {"fprop": Fprop(input=Sawb(), weight=Sawb()), "dgrad": Dgrad(grad_output=Luq()), "grad_scale": LossScale()},
+            "leave grad_scale out",
+        ),
+        (
+            {
+                "fprop": Fprop(input=Sawb(), weight=NVFP4(square=True)),
+                "accumulate": "fp16_chunk64",
+            },
+            "has a scale for each block, and its codes are not summed as integers",
+        ),
         ({"dgrad": GRADIENTS["dgrad"]}, r"give grad_scale=LayerGradScale\(\)"),
         ({"wgrad": GRADIENTS["wgrad"]}, r"give grad_scale=LayerGradScale\(\)"),
         ({"grad_scale": LayerGradScale()}, "leave grad_scale out"),
@@ -166,7 +254,7 @@ GRADIENTS: dict[str, Any] = {
         ({"dtype": torch.int8}, r"dtype=torch\.int8 was given; torch\.bfloat16"),
         ({"rules": [Rule(recipe="fp32")]}, "a tuple of Rule is possible"),
         ({"dgrad": GRADIENTS["dgrad"], "grad_scale": "exact"}, r"give grad_scale=LayerGradScale\(\)"),
-        ({"wgrad": Wgrad(input=Pact(clip=1.0))}, "a learned clip gets no gradient in a backward slot"),
+        ({"wgrad": Wgrad(input=Pact(clip=1.0))}, "a learned clip or step gets no gradient in a backward slot"),
         (
             {**GRADIENTS, "fprop": Fprop(input=MinMax(), weight=Sawb()), "accumulate": "fp32"},
             r"fprop\.input has a zero point",

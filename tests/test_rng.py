@@ -14,7 +14,7 @@ from halfbyte.errors import SpecError
 from halfbyte.kernels import reference
 from halfbyte.qtensor import unpack
 from halfbyte.recipes import Dgrad, Fprop, Wgrad
-from halfbyte.rng import philox, uniform
+from halfbyte.rng import Draw, philox, uniform
 
 STOCHASTIC = hb.Radix4(rounding="stochastic")
 
@@ -99,7 +99,7 @@ def test_a_seed_is_asked_for_exactly_where_it_acts() -> None:
         hb.quantize(torch.ones(3), STOCHASTIC)
     with pytest.raises(SpecError, match="rounds at random"):
         hb.quantize(torch.ones(3), hb.Radix4(), seed=1)
-    with pytest.raises(SpecError, match="random rounding is for grad_output"):
+    with pytest.raises(SpecError, match="random rounding is for the slots of dgrad and wgrad"):
         hb.Recipe(name="x", fprop=Fprop(weight=STOCHASTIC))
 
 
@@ -128,3 +128,73 @@ def test_a_layer_draws_anew_each_step_and_the_same_in_every_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], other[0])
+
+
+def keyed(**other: int) -> Draw:
+    """A draw with one part of its key changed."""
+    fields = {"seed": 1, "layer": 2, "step": 3, "operand": 4, "rank": 0} | other
+    return Draw(**fields | {"step": torch.tensor(fields["step"])})  # type: ignore[arg-type]
+
+
+OTHERS = [{"seed": 2}, {"seed": 1 + 2**32}, {"layer": 3}, {"step": 4}, {"operand": 5}, {"rank": 1}, {"rank": 2}]
+
+
+def test_a_draw_is_a_function_of_its_key() -> None:
+    """The same key gives the same numbers; another seed, layer, step, operand, rank or part gives others."""
+    base = keyed().uniform(64)
+    assert torch.equal(base, keyed().uniform(64))
+    found = [base, *(keyed(**other).uniform(64) for other in OTHERS), *(keyed().uniform(64, part) for part in (1, 2))]
+    for i, one in enumerate(found):
+        assert all(not torch.equal(one, other) for other in found[:i])
+
+
+def test_no_two_keys_of_a_run_share_a_number() -> None:
+    """3 values of each part of the key, 729 draws of 8 numbers, hold no two equal rows."""
+    values = range(3)
+    rows = [
+        tuple(keyed(seed=s, layer=a, step=t, operand=o, rank=r).uniform(8, p).tolist())
+        for s in values
+        for a in values
+        for t in values
+        for o in values
+        for r in values
+        for p in values
+    ]
+    assert len(set(rows)) == 3**6
+
+
+def test_seeds_and_ranks_do_not_meet() -> None:
+    """A seed on one rank is no other seed on another: 64 seeds, low and high, on 16 ranks give 1024 different draws."""
+    seeds = [*range(32), *(s << 32 for s in range(1, 33))]
+    assert len({tuple(keyed(seed=s, rank=r).uniform(4).tolist()) for s in seeds for r in range(16)}) == 64 * 16
+
+
+@pytest.mark.parametrize("other", [*OTHERS, {"part": 1}], ids=str)
+def test_draws_of_different_keys_are_uncorrelated(other: dict[str, int]) -> None:
+    """The correlation of 50,000 pairs is zero within five standard errors."""
+    n, fields = 50_000, dict(other)
+    part = fields.pop("part", 0)
+    one, two = keyed().uniform(n).double() - 0.5, keyed(**fields).uniform(n, part).double() - 0.5
+    assert abs(float((one * two).mean()) * 12) < 5 / n**0.5
+
+
+def test_signs_are_fair_and_follow_the_key() -> None:
+    """100,000 signs are -1 or 1 with mean zero (5 sigma), the same for the same key."""
+    signs = keyed().signs(100_000)
+    assert sorted(set(signs.tolist())) == [-1.0, 1.0]
+    assert abs(float(signs.mean())) < 5 / 100_000**0.5
+    assert torch.equal(signs[:50], keyed().signs(50))
+    assert not torch.equal(signs[:50], keyed(step=9).signs(50))
+    assert not torch.equal(signs[:50], keyed().signs(50, part=1))
+
+
+def test_numbers_do_not_depend_on_the_number_of_threads() -> None:
+    """One thread and four draw the same numbers."""
+    found, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 4):
+            torch.set_num_threads(n)
+            found.append(keyed().uniform(300_001))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

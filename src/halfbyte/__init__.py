@@ -13,19 +13,43 @@ from . import formats
 from .convert import convert, restore, summary
 from .formats import Format, Phase
 from .qtensor import QTensor
-from .quantizers import LayerGradScale, LossScale, MinMax, Nearest, Pact, Radix4, Sawb, TwoPhase, quantize
-from .recipes import RECIPES, REUSE, Dgrad, Fprop, Recipe, Rule, Wgrad
+from .quantizers import (
+    MXFP4,
+    NVFP4,
+    AbsMax,
+    BitSplit,
+    Hadamard,
+    LayerGradScale,
+    LossScale,
+    Lsq,
+    Luq,
+    MinMax,
+    Nearest,
+    Pact,
+    Radix4,
+    Sawb,
+    TwoPhase,
+    quantize,
+)
+from .recipes import RECIPES, REUSE, Dgrad, Fprop, Recipe, Requantize, Rule, Wgrad
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MXFP4",
+    "NVFP4",
     "RECIPES",
     "REUSE",
+    "AbsMax",
+    "BitSplit",
     "Dgrad",
     "Format",
     "Fprop",
+    "Hadamard",
     "LayerGradScale",
     "LossScale",
+    "Lsq",
+    "Luq",
     "MinMax",
     "Nearest",
     "Pact",
@@ -33,6 +57,7 @@ __all__ = [
     "QTensor",
     "Radix4",
     "Recipe",
+    "Requantize",
     "Rule",
     "Sawb",
     "TwoPhase",

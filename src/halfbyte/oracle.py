@@ -16,9 +16,19 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from .formats import Format, Phase
+from .formats import Format, Phase, fp4_e2m1
 
-__all__ = ["decode", "encode", "encode_stochastic", "matmul", "quantize", "round", "to_binary"]
+__all__ = [
+    "decode",
+    "encode",
+    "encode_stochastic",
+    "hadamard",
+    "matmul",
+    "mx_exponent",
+    "quantize",
+    "round",
+    "to_binary",
+]
 
 Number = Fraction | int | float
 
@@ -100,6 +110,58 @@ def encode_stochastic(fmt: Format, x: Number, noise: Number) -> int:
     if above and Fraction(noise) * (min(above)[0] - below) < exact - below:
         code = min(above)[1]
     return code | (1 << (fmt.bits - 1) if negative else 0)
+
+
+def mx_exponent(amax: Number, rule: str, fmt: Format = fp4_e2m1) -> int:
+    """k of the scale 2^k of a block of the MX formats, -127 to 127.
+
+    ``floor`` 2^(floor(log2 amax) - e), with e the exponent of the format's largest value (OCP MX 1.0, section 6.3);
+    ``ceil`` the same with the logarithm rounded up; ``even`` rounds amax to the format's own bits of mantissa first,
+    halves up, then takes the floor; ``rceil`` the smallest 2^k with ``amax <= 2^k * fmt.max``.
+
+    Args:
+        amax: the block's largest magnitude.
+        rule: one of the four.
+        fmt: the format of the block's elements.
+
+    Raises:
+        ValueError: if there is no such rule.
+    """
+    if rule not in ("floor", "ceil", "even", "rceil"):
+        raise ValueError(f"{rule!r} is no scale rule; 'floor', 'ceil', 'even' and 'rceil' are.")
+    exact = Fraction(amax)
+    if exact == 0:
+        return -127
+    if rule == "rceil":
+        k = -_floor_log2(Fraction(fmt.max) / exact)
+    else:
+        k = _floor_log2(exact)
+        if rule == "even":
+            unit = Fraction(2) ** (k - fmt.mantissa_bits)
+            k = _floor_log2((exact / unit + Fraction(1, 2)).__floor__() * unit)
+        elif rule == "ceil":
+            k = -_floor_log2(1 / exact)
+        k -= _floor_log2(Fraction(fmt.max))
+    return min(max(k, -127), 127)
+
+
+def _floor_log2(x: Fraction) -> int:
+    """The k with 2^k <= x < 2^(k + 1), for x above zero."""
+    k = x.numerator.bit_length() - x.denominator.bit_length()
+    return k if Fraction(2) ** k <= x else k - 1
+
+
+def hadamard(xs: Sequence[Number]) -> list[Fraction]:
+    """xs times the Hadamard matrix of Sylvester's order, before the factor 1 / sqrt(n).
+
+    Entry (i, j) of the matrix is -1 to the number of ones that i and j share in binary.
+
+    Args:
+        xs: n exact numbers, n a power of two.
+    """
+    return [
+        sum(((-1) ** (i & j).bit_count() * Fraction(x) for j, x in enumerate(xs)), Fraction(0)) for i in range(len(xs))
+    ]
 
 
 def round(fmt: Format, x: Number) -> Fraction:

@@ -2,21 +2,33 @@
 
     x_hat = scale * (value_of(code) - zero_point)
 
-always, with ``value_of`` the format's table. The layout (planar in blocks of 128 codes) is in `pack`; it is what both
+always, with ``value_of`` the format's table and, in the block formats, ``scale`` a number for the tensor times one for
+the element's block. The layout (planar in blocks of 128 codes) is in `pack`; it is what both
 a compiler and a hand-written kernel can vectorize, and `QTensor.codes` hides it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .formats import Format
 
-__all__ = ["BITS_BLOCK", "BLOCK", "QTensor", "pack", "pack_bits", "packed_size", "round_once", "unpack", "unpack_bits"]
+__all__ = [
+    "BITS_BLOCK",
+    "BLOCK",
+    "Blocks",
+    "QTensor",
+    "pack",
+    "pack_bits",
+    "packed_size",
+    "round_once",
+    "unpack",
+    "unpack_bits",
+]
 
 BLOCK = 128
 """Codes in one block of the packed layout; a full block of 4-bit codes fills 64 bytes."""
@@ -165,6 +177,57 @@ def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(away, bits + nudge, bits - nudge).view(torch.float32).to(dtype)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Which elements of a tensor share a scale.
+
+    The tensor is seen in the shape `view` (the same elements in the same order) and cut into blocks of `sizes`, from
+    the start of each dimension; the last block of a dimension may be short.
+
+    Attributes:
+        view: a shape of as many elements as the tensor.
+        sizes: length of a block in each dimension of the view.
+        scale_format: what the blocks' scales are stored in, as codes; None for float32.
+    """
+
+    view: tuple[int, ...]
+    sizes: tuple[int, ...]
+    scale_format: Format | None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """How many blocks there are in each dimension."""
+        return tuple(-(-length // size) for length, size in zip(self.view, self.sizes, strict=True))
+
+    def split(self, x: Tensor) -> Tensor:
+        """x with each blocked dimension cut in two, (number of the block, place in it), zeros in short blocks.
+
+        Args:
+            x: in the shape of `view`.
+
+        Returns:
+            Shape (grid[0], sizes[0], grid[1], sizes[1], ...).
+        """
+        short = [n * s - v for n, s, v in zip(self.grid, self.sizes, self.view, strict=True)]
+        if any(short):
+            x = torch.nn.functional.pad(x, [p for extra in reversed(short) for p in (0, extra)])
+        return x.reshape([length for pair in zip(self.grid, self.sizes, strict=True) for length in pair])
+
+    @property
+    def places(self) -> list[int]:
+        """The dimensions of `split`'s result that run inside a block."""
+        return list(range(1, 2 * len(self.sizes), 2))
+
+    def spread(self, per_block: Tensor) -> Tensor:
+        """A number for each block, repeated for each element: from the shape of `grid` to that of `view`."""
+        for dim, (size, length) in enumerate(zip(self.sizes, self.view, strict=True)):
+            if size >= length:
+                per_block = per_block.expand([length if d == dim else n for d, n in enumerate(per_block.shape)])
+            elif size > 1:
+                per_block = per_block.repeat_interleave(size, dim).narrow(dim, 0, length)
+        return per_block
+
+
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """A quantized tensor. It holds nothing but codes and what is needed to read them.
@@ -180,6 +243,9 @@ class QTensor:
         format: which numbers the codes stand for.
         shape: logical shape.
         zero_point: the code value that stands for 0.0; None for exactly 0.
+        block_scale: one more factor for each block: codes of ``blocks.scale_format``, uint8, or float32, in the shape
+            of ``blocks.grid``; None where the whole tensor has one scale.
+        blocks: which elements share a `block_scale`; None without.
     """
 
     qdata: Tensor
@@ -187,6 +253,8 @@ class QTensor:
     format: Format
     shape: torch.Size
     zero_point: Tensor | None = None
+    block_scale: Tensor | None = None
+    blocks: Blocks | None = None
 
     @property
     def numel(self) -> int:
@@ -195,9 +263,9 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed codes, the scale and the zero point."""
-        extra = 0 if self.zero_point is None else self.zero_point.nbytes
-        return self.qdata.nbytes + self.scale.nbytes + extra
+        """Bytes of the packed codes, the scales and the zero point."""
+        parts = (self.qdata, self.scale, self.zero_point, self.block_scale)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def codes(self) -> Tensor:
         """The codes, uint8 in the logical shape: 0...15 for a 4-bit format."""
@@ -213,16 +281,40 @@ class QTensor:
         values = table[self.codes().int()]
         if self.zero_point is not None:
             values = values - self.zero_point
+        factors = self.block_factors()
+        if factors is not None:
+            values = values * factors
         return round_once(values * self.scale.double(), dtype)
+
+    def block_factors(self) -> Tensor | None:
+        """Each element's block scale, float64 in the logical shape; None where there are no blocks."""
+        if self.blocks is None:
+            return None
+        assert self.block_scale is not None
+        factors = self.block_scale.double()
+        if self.blocks.scale_format is not None:
+            table = torch.tensor(self.blocks.scale_format.values, dtype=torch.float64, device=self.qdata.device)
+            factors = table[self.block_scale.int()]
+        return self.blocks.spread(factors).reshape(self.shape)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same tensor on another device."""
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return QTensor(self.qdata.to(device), self.scale.to(device), self.format, self.shape, zero_point)
+        zero_point, block_scale = (None if t is None else t.to(device) for t in (self.zero_point, self.block_scale))
+        return replace(
+            self,
+            qdata=self.qdata.to(device),
+            scale=self.scale.to(device),
+            zero_point=zero_point,
+            block_scale=block_scale,
+        )
 
     def __repr__(self) -> str:
         zero_point = "" if self.zero_point is None else f", zero_point={self.zero_point.item():.6g}"
+        blocks = ""
+        if self.blocks is not None:
+            scale_format = self.blocks.scale_format
+            blocks = f", blocks of {self.blocks.sizes} in {scale_format.name if scale_format else 'float32'}"
         return (
             f"QTensor(shape={tuple(self.shape)}, format={self.format.name}, scale={self.scale.item():.6g}"
-            f"{zero_point}, {self.nbytes} bytes)"
+            f"{zero_point}{blocks}, {self.nbytes} bytes)"
         )

@@ -16,10 +16,22 @@ from ..errors import UnknownNameError
 from ..formats import Format
 from ..qtensor import QTensor
 from . import reference
-from .geometry import Conv, Gemm, Geometry, Linear
+from .geometry import Batched, Conv, ConvTranspose, Gemm, Geometry, Linear, Reduction
 from .reference.gemm import Accumulate
 
-__all__ = ["BACKENDS", "Accumulate", "Backend", "Conv", "Gemm", "Geometry", "Linear", "get"]
+__all__ = [
+    "BACKENDS",
+    "Accumulate",
+    "Backend",
+    "Batched",
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+    "Geometry",
+    "Linear",
+    "Reduction",
+    "get",
+]
 
 
 class Backend(Protocol):
@@ -58,7 +70,15 @@ class Backend(Protocol):
         """Packed codes in several formats."""
         ...
 
-    def encode_stochastic(self, x: Tensor, fmt: Format, *, inv_scale: Tensor, noise: Tensor) -> Tensor:
+    def encode_stochastic(
+        self,
+        x: Tensor,
+        fmt: Format,
+        *,
+        inv_scale: Tensor,
+        noise: Tensor,
+        code_range: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Packed codes, rounded at random."""
         ...
 

@@ -6,7 +6,11 @@ A layer computes y = x * w. Its three GEMMs are bilinear, so each can be written
     dgrad(grad_output, weight) -> grad_input
     wgrad(grad_output, input) -> grad_weight
 
-Dimension letters: N rows or images, I input and O output features or channels, G groups, K reduction length.
+A transposed convolution is a convolution whose fprop and dgrad have changed places. A product of two activations (the
+two in attention) has the same three, with the second activation in the weight's place.
+
+Dimension letters: N rows or images, I input and O output features or channels, G groups, K reduction length, B batch of
+matrices.
 """
 
 from __future__ import annotations
@@ -21,8 +25,28 @@ from torch import Tensor
 Gemm = Literal["fprop", "dgrad", "wgrad"]
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """How one operand of a GEMM lies: a view of it with the reduction along one axis.
+
+    Attributes:
+        shape: of the view; as many elements as the operand, in the same order.
+        axis: the dimension that the GEMM sums over (with others, for a convolution's taps and positions).
+        across: a dimension that stays in the result; with `axis` it spans the blocks of a 16x16 scale.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    across: int
+
+
 class Geometry(Protocol):
     """What a backend needs to know of a layer's shape. Both operands are floating tensors of one type."""
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the result of fprop."""
+        ...
 
     def apply(self, gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
         """The product in plain PyTorch, in the operands' type."""
@@ -34,6 +58,14 @@ class Geometry(Protocol):
 
     def sum_over(self, gemm: Gemm, operand: int, x: Tensor) -> Tensor:
         """The product of operand 0 or 1 with a tensor of ones in the other's place, broadcastable to the result."""
+        ...
+
+    def macs(self, gemm: Gemm) -> int:
+        """Multiply-accumulates of the GEMM, those with a convolution's padding included."""
+        ...
+
+    def reduction_view(self, gemm: Gemm, operand: int) -> Reduction:
+        """How operand 0 or 1 lies along the reduction."""
         ...
 
 
@@ -72,6 +104,22 @@ class Linear:
         """See `Geometry.sum_over`."""
         left, right = self.matrices(gemm, x, x)
         return left.sum(1, keepdim=True) if operand == 0 else right.sum(0, keepdim=True)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(N, O)."""
+        return (self.rows, self.out_features)
+
+    def macs(self, gemm: Gemm) -> int:
+        """See `Geometry.macs`."""
+        return self.rows * self.in_features * self.out_features
+
+    def reduction_view(self, gemm: Gemm, operand: int) -> Reduction:
+        """See `Geometry.reduction_view`."""
+        features = self.out_features if gemm == "dgrad" or (gemm, operand) == ("wgrad", 0) else self.in_features
+        if operand == 1 and gemm != "wgrad":
+            return Reduction((self.out_features, self.in_features), *((1, 0) if gemm == "fprop" else (0, 1)))
+        return Reduction((self.rows, features), *((0, 1) if gemm == "wgrad" else (1, 0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,3 +215,126 @@ class Conv:
             return narrow.apply(gemm, x, ones(narrow.input_shape))
         narrow = replace(self, weight_shape=(groups, fan_in, *kernel))
         return narrow.apply(gemm, ones(narrow.output_shape), x).repeat_interleave(out_channels // groups, 0)
+
+    def macs(self, gemm: Gemm) -> int:
+        """See `Geometry.macs`."""
+        return math.prod(self.output_shape) * self.weight_shape[1] * math.prod(self.weight_shape[2:])
+
+    def reduction_view(self, gemm: Gemm, operand: int) -> Reduction:
+        """See `Geometry.reduction_view`.
+
+        A sum over channels, taps and positions is cut along the channels of a group for fprop and dgrad, and along the
+        images for wgrad: there both operands of every product lie at the same place of their block.
+        """
+        images, in_channels, *spatial = self.input_shape
+        out_channels, fan_in, *kernel = self.weight_shape
+        fan_out = out_channels // self.groups
+        if gemm == "wgrad":
+            if operand == 0:
+                return Reduction((images, out_channels, math.prod(self.output_shape[2:])), 0, 1)
+            return Reduction((images, in_channels, math.prod(spatial)), 0, 1)
+        if operand == 1:
+            shape = (self.groups, fan_out, fan_in, math.prod(kernel))
+            return Reduction(shape, *((2, 1) if gemm == "fprop" else (1, 2)))
+        if gemm == "fprop":
+            return Reduction((images, self.groups, fan_in, math.prod(spatial)), 2, 0)
+        return Reduction((images, self.groups, fan_out, math.prod(self.output_shape[2:])), 2, 0)
+
+
+_MIRRORED: dict[Gemm, Gemm] = {"fprop": "dgrad", "dgrad": "fprop", "wgrad": "wgrad"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvTranspose:
+    """y = conv_transpose(x, w): the dgrad of a convolution that leads from y's shape to x's.
+
+    Attributes:
+        conv: that convolution. Its weight (O, I / G, *kernel) is the transposed layer's (I, O / G, *kernel).
+    """
+
+    conv: Conv
+
+    def mirrored(self, gemm: Gemm, operand: int) -> tuple[Gemm, int]:
+        """Which GEMM and operand of `conv` this layer's are: in wgrad the two operands change places."""
+        return _MIRRORED[gemm], 1 - operand if gemm == "wgrad" else operand
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(N, O, *spatial)."""
+        return self.conv.input_shape
+
+    def reduction(self, gemm: Gemm) -> int:
+        """See `Geometry.reduction`."""
+        return self.conv.reduction(_MIRRORED[gemm])
+
+    def apply(self, gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
+        """See `Geometry.apply`."""
+        return self.conv.apply("wgrad", b, a) if gemm == "wgrad" else self.conv.apply(_MIRRORED[gemm], a, b)
+
+    def sum_over(self, gemm: Gemm, operand: int, x: Tensor) -> Tensor:
+        """See `Geometry.sum_over`."""
+        return self.conv.sum_over(*self.mirrored(gemm, operand), x)
+
+    def macs(self, gemm: Gemm) -> int:
+        """See `Geometry.macs`."""
+        return self.conv.macs(gemm)
+
+    def reduction_view(self, gemm: Gemm, operand: int) -> Reduction:
+        """See `Geometry.reduction_view`."""
+        return self.conv.reduction_view(*self.mirrored(gemm, operand))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batched:
+    """A batch of products of two activations, y_BMN = a_BMK @ b_BNK.T; b has the place of a weight.
+
+    Attributes:
+        batch: B.
+        rows: M.
+        columns: N.
+        inner: K.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    inner: int
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(B, M, N)."""
+        return (self.batch, self.rows, self.columns)
+
+    def apply(self, gemm: Gemm, a: Tensor, b: Tensor) -> Tensor:
+        """See `Geometry.apply`."""
+        if gemm == "fprop":
+            return a @ b.mT  # a_BMK @ b_BNK.T -> y_BMN
+        if gemm == "dgrad":
+            return a @ b  # g_BMN @ b_BNK -> (B, M, K)
+        return a.mT @ b  # g_BMN.T @ a_BMK -> (B, N, K)
+
+    def reduction(self, gemm: Gemm) -> int:
+        """See `Geometry.reduction`."""
+        return {"fprop": self.inner, "dgrad": self.columns, "wgrad": self.rows}[gemm]
+
+    def sum_over(self, gemm: Gemm, operand: int, x: Tensor) -> Tensor:
+        """See `Geometry.sum_over`."""
+        summed = x.sum(self.reduction_view(gemm, operand).axis)
+        return summed.unsqueeze(-1 if operand == 0 else -2)
+
+    def macs(self, gemm: Gemm) -> int:
+        """See `Geometry.macs`."""
+        return self.batch * self.rows * self.columns * self.inner
+
+    def reduction_view(self, gemm: Gemm, operand: int) -> Reduction:
+        """See `Geometry.reduction_view`."""
+        a, b, y = (self.rows, self.inner), (self.columns, self.inner), (self.rows, self.columns)
+        shape, axis = {
+            ("fprop", 0): (a, 2),
+            ("fprop", 1): (b, 2),
+            ("dgrad", 0): (y, 2),
+            ("dgrad", 1): (b, 1),
+            ("wgrad", 0): (y, 1),
+            ("wgrad", 1): (a, 1),
+        }[gemm, operand]
+        return Reduction((self.batch, *shape), axis, 3 - axis)

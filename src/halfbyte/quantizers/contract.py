@@ -4,6 +4,9 @@ A `Spec` lives in a recipe: a frozen, keyword-only dataclass, checked at birth, 
 the `Quantizer`, a module whose state (a learned clip, a statistic) is parameters and buffers, so ``state_dict``,
 distributed training and resuming work as for any layer. State moves only in a training forward pass: not under
 ``no_grad``, not in ``eval``, and not when activation checkpointing runs a forward pass again.
+
+What a tensor is quantized for is told by a `Use`: block formats lay their blocks along that GEMM's reduction, random
+rounding draws numbers of its own for each operand.
 """
 
 from __future__ import annotations
@@ -12,17 +15,19 @@ import abc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..errors import NonFiniteWarning, SpecError
+from ..errors import NonFiniteWarning, SpecError, UnsupportedError
 from ..formats import Format
+from ..kernels import Gemm, Geometry, Reduction
 from ..qtensor import QTensor
+from ..rng import Draw
 
-__all__ = ["Quantized", "Quantizer", "Spec", "in_backward", "quantize"]
+__all__ = ["Quantized", "Quantizer", "Spec", "Use", "in_backward", "quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +48,77 @@ class Spec(abc.ABC):
             backend: a name in `halfbyte.kernels.BACKENDS`.
         """
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether rounding draws random numbers."""
+        return False
+
+    @property
+    def along_reduction(self) -> bool:
+        """Whether codes depend on the GEMM that the tensor goes to, because blocks run along its reduction."""
+        return False
+
+    @property
+    def blocks(self) -> bool:
+        """Whether there is more than one scale for a tensor."""
+        return False
+
+    @property
+    def affine(self) -> bool:
+        """Whether codes have a zero point."""
+        return False
+
+    @property
+    def learns(self) -> bool:
+        """Whether the optimizer moves a part of it, which therefore needs a gradient."""
+        return False
+
+    @property
+    def for_gradients(self) -> bool:
+        """Whether a grad_output slot may hold it."""
+        return False
+
+    @property
+    def splits(self) -> bool:
+        """Whether it makes several tensors of one, which only a grad_output slot can take."""
+        return False
+
     def __str__(self) -> str:
         shown = {
             name: value for name, value in vars(self).items() if value != type(self).__dataclass_fields__[name].default
         }
         arguments = ", ".join(f"{k}={getattr(v, 'name', v)}" for k, v in shown.items())
         return f"{type(self).__name__}({arguments})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Use:
+    """What a tensor is quantized for.
+
+    Attributes:
+        gemm: the GEMM that it goes to.
+        operand: its place there, 0 or 1.
+        geometry: the layer's shape.
+        draw: where random numbers come from.
+        partner: the other operand, where it is known already.
+        sample: which of several independent quantizations of one tensor this is.
+    """
+
+    gemm: Gemm
+    operand: int
+    geometry: Geometry
+    draw: Draw
+    partner: QTensor | Tensor | None = None
+    sample: int = 0
+
+    @property
+    def view(self) -> Reduction:
+        """How the tensor lies along the reduction."""
+        return self.geometry.reduction_view(self.gemm, self.operand)
+
+    def uniform(self, numel: int, purpose: int = 0) -> Tensor:
+        """Random numbers in [0, 1), float32 of shape (numel,); others for each purpose (below 4) and sample."""
+        return self.draw.uniform(numel, 4 * self.sample + purpose)
 
 
 class Quantized(NamedTuple):
@@ -64,14 +134,47 @@ class Quantized(NamedTuple):
 
 
 class Stateful(nn.Module):
-    """A module whose state keeps its types: ``model.half()`` moves it to another device, but rounds no statistic."""
+    """A module whose state keeps its types: ``model.half()`` moves it to another device, but rounds no statistic.
+
+    State that was declared on the meta device starts when it gets memory (``model.to_empty(device=...)``).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: dict[str, tuple[Any, torch.dtype]] = {}
+
+    def declare(
+        self, name: str, value: Any, dtype: torch.dtype, *, device: torch.device | None, persistent: bool = True
+    ) -> None:
+        """Registers a buffer.
+
+        Args:
+            name: of the attribute.
+            value: what it starts with: a number, or a list of numbers.
+            dtype: its type, which it keeps.
+            device: where it lives.
+            persistent: whether it is in the ``state_dict``.
+        """
+        self._first[name] = value, dtype
+        self.register_buffer(name, torch.tensor(value, dtype=dtype, device=device), persistent=persistent)
+
+    def declare_parameter(self, name: str, value: float, *, device: torch.device | None) -> None:
+        """Registers a float32 parameter of shape (1,): sharded training refuses parameters without a dimension."""
+        self._first[name] = [value], torch.float32
+        self.register_parameter(name, nn.Parameter(torch.tensor([value], device=device)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
             return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
 
+        unborn = {name for name in self._first if getattr(self, name).is_meta}
         moved: Self = super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        for name in unborn:
+            tensor = getattr(self, name)
+            if not tensor.is_meta:
+                value, dtype = self._first[name]
+                tensor.data.copy_(torch.tensor(value, dtype=dtype))
         return moved
 
 
@@ -88,7 +191,7 @@ class NonFiniteCounter(Stateful):
     def __init__(self, *, device: torch.device | None, backend: str) -> None:
         super().__init__()
         self.backend = backend
-        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64, device=device))
+        self.declare("nonfinite", 0, torch.int64, device=device)
 
     @property
     def kernels(self) -> kernels.Backend:
@@ -130,18 +233,52 @@ class Quantizer(NonFiniteCounter, abc.ABC):
 
     Attributes:
         spec: what it was built from.
-        clip: the learned clip, or None.
         seed: what random rounding outside a layer draws from, or None.
     """
 
     spec: Spec
-    clip: nn.Parameter | None
     seed: int | None = None
 
     def __init__(self, spec: Spec, *, device: torch.device | None = None, backend: str = "reference") -> None:
         super().__init__(device=device, backend=backend)
         self.spec = spec
-        self.register_parameter("clip", None)
+        self._first_value: float | None = None
+
+    @property
+    def learned(self) -> nn.Parameter | None:
+        """What the optimizer moves (a clip, a step), of shape (1,); None where nothing is learned."""
+        return None
+
+    def set_first(self, value: Tensor) -> None:
+        """Sets what is learned to what the first batch chose; float of shape ()."""
+        assert self.learned is not None
+        self.learned.data.fill_(value)
+        self._first_value = value.item()
+
+    def check_first(self) -> None:
+        """Makes sure, at the second batch, that what the first chose was kept.
+
+        Raises:
+            UnsupportedError: if the parameter is back near the 1 that it is made with. Sharded training does that: it
+                lends a layer a whole copy of its parameters for a forward pass and throws it away.
+        """
+        if self._first_value is None or self.learned is None:
+            return
+        first, now = self._first_value, self.learned.item()
+        self._first_value = None
+        if abs(now - 1.0) < abs(now - first):
+            raise UnsupportedError(
+                f"{self.spec}: the first batch set the learned number to {first:.4g}, but it is {now:.4g} again. Are "
+                "the parameters sharded (FSDP)? Run one training forward pass before fully_shard(), or load a "
+                "checkpoint, or give the first value: Pact(clip=...)."
+            )
+
+    @property
+    def shown(self) -> str:
+        """The learned number for people; "sharded" where this process does not hold it whole."""
+        if self.learned is None or hasattr(self.learned, "full_tensor"):
+            return "sharded"
+        return f"{self.learned.item():.4g}"
 
     @property
     def format(self) -> Format | None:
@@ -150,14 +287,28 @@ class Quantizer(NonFiniteCounter, abc.ABC):
         return found[0] if len(found) == 1 else None
 
     @abc.abstractmethod
-    def quantize(self, x: Tensor, *, observe: bool = False, differentiable: bool = False) -> Quantized:
+    def quantize(
+        self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
+    ) -> Quantized:
         """The codes of x.
 
         Args:
             x: any floating type and shape.
             observe: whether state may move; decided by `halfbyte.ops.Plan.begin`.
             differentiable: whether `backward` will be called.
+            use: what it is for; None outside a layer, where blocks run along the last dimension and random numbers
+                come from `seed`.
         """
+
+    def parts(self, x: Tensor, *, use: Use, observe: bool = False) -> tuple[QTensor, ...]:
+        """The tensors whose sum stands for x: one, but for specs that split a number in two.
+
+        Args:
+            x: any floating type and shape.
+            use: what it is for.
+            observe: whether state may move.
+        """
+        return (self.quantize(x, observe=observe, use=use).q,)
 
     @abc.abstractmethod
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
@@ -169,11 +320,24 @@ class Quantizer(NonFiniteCounter, abc.ABC):
         """
 
     def backward(self, grad: Tensor, q: QTensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
-        """From the gradient of the dequantized tensor, those of x and of `clip`. May overwrite `grad`.
+        """From the gradient of the dequantized tensor, those of x and of `learned`. May overwrite `grad`.
 
         The default is the straight-through estimator: the gradient passes unchanged.
         """
         return grad, None
+
+    def noise(self, x: Tensor, use: Use | None) -> Tensor:
+        """Random numbers in [0, 1) for each element, float32 of shape (x.numel(),).
+
+        Raises:
+            SpecError: if there is neither a use nor a seed to draw from.
+        """
+        if use is not None:
+            return use.uniform(x.numel())
+        require(self.seed is not None, f"{self.spec} without a seed", "quantize(x, spec, seed=...) gives one")
+        assert self.seed is not None
+        first = torch.zeros((), dtype=torch.int64, device=x.device)
+        return Draw(seed=self.seed, layer=0, step=first, operand=0).uniform(x.numel())
 
     def extra_repr(self) -> str:
         return str(self.spec)
@@ -195,7 +359,8 @@ def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None, *, seed
 
     Args:
         x: any floating type and shape, contiguous or not; 16-bit types are widened, float64 is computed in float64.
-        spec: for example ``MinMax(bits=4)``, ``Sawb()``, ``Pact(clip=6.0)`` or ``Radix4()``.
+            Blocks of a block format run along its last dimension.
+        spec: for example ``MinMax(bits=4)``, ``Sawb()``, ``Pact(clip=6.0)``, ``Radix4()`` or ``NVFP4()``.
         scale: a step to use instead of what the spec would measure, 2^-126 to 2^126; rounded to float32. With a given
             or fixed scale infinities saturate, except under `MinMax`, whose range they break. NaN anywhere makes the
             scale NaN.
@@ -206,15 +371,15 @@ def quantize(x: Tensor, spec: Spec, scale: float | Tensor | None = None, *, seed
 
     Raises:
         TypeError: if x is not a floating tensor, or the spec no `Spec`.
-        SpecError: if the scale is not one number in that range, or a seed is missing or would do nothing.
+        SpecError: if the scale is not one number in that range, a seed is missing or would do nothing, or the spec does
+            not make one tensor of one.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"quantize takes a floating torch.Tensor; got {kind}. Convert it with .float().")
     if not isinstance(spec, Spec):
         raise TypeError(f"quantize takes a spec such as MinMax(bits=4) or Radix4(); got {spec!r}.")
-    random = getattr(spec, "stochastic", False)
-    require(seed is None or random, f"seed={seed} with {spec}", "a seed is for a spec that rounds at random")
+    require(seed is None or spec.stochastic, f"seed={seed} with {spec}", "a seed is for a spec that rounds at random")
     quantizer = spec.build(device=x.device)
     quantizer.seed = seed
     if scale is None:

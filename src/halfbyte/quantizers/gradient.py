@@ -1,25 +1,32 @@
-"""A gradient is quantized once for each of its two uses: `GradQuantizer` returns the pair."""
+"""A gradient is quantized once for each of its two uses: `GradQuantizer` makes what dgrad and wgrad multiply.
+
+Specs that are nothing but a format (`Grid`) share the layer's gradient scale; all others bring a scale of their own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..formats import Phase
+from ..formats import Format, Phase
+from ..kernels import Gemm
 from ..qtensor import QTensor
-from ..rng import uniform
-from .contract import NonFiniteCounter
+from .contract import NonFiniteCounter, Quantizer, Spec, Use
 from .grid import Grid, power_of_two
 from .layer_scale import GradScaleState
 
-__all__ = ["GradQuantizer", "scale_limit"]
+__all__ = ["GradQuantizer", "Parts", "scale_limit"]
+
+Parts = tuple[QTensor | Tensor, ...]
+"""What stands for one operand: the sum of these. One, but for sampled and split gradients."""
 
 
-def scale_limit(specs: Sequence[Grid | None]) -> float:
-    """MAX of the vote: the largest scaled gradient that every format in use can hold.
+def scale_limit(specs: Sequence[Spec | None]) -> float:
+    """MAX of the vote: the largest scaled gradient that every format under the layer's scale can hold.
 
     Both phases of radix 4 share one scale and with it the even phase's 64: the odd phase's 32 is the nearest level to
     anything up to 80.
@@ -27,75 +34,111 @@ def scale_limit(specs: Sequence[Grid | None]) -> float:
     return min(
         spec.format.max * (math.isqrt(spec.format.radix) if spec.format.phase is Phase.ODD else 1)
         for spec in specs
-        if spec is not None
+        if isinstance(spec, Grid)
     )
 
 
 class GradQuantizer(NonFiniteCounter):
-    """Turns grad_output into what dgrad and what wgrad multiply, under one scale.
+    """Turns grad_output into what dgrad and what wgrad multiply.
 
     Attributes:
-        dgrad: spec of ``dgrad.grad_output``; None leaves it in floating point.
-        wgrad: spec of ``wgrad.grad_output``; None leaves it in floating point.
-        grad_scale: the scale's state, perhaps shared with other layers.
-        seed: what random rounding draws from, with the layer's number and the step.
-        layer: the layer's number in its model.
-        step: how many gradients have been quantized; int64 of shape ().
+        specs: of ``dgrad.grad_output`` and ``wgrad.grad_output``; None leaves it in floating point.
+        samples: how many independent quantizations stand for it in either.
+        shared: whether one random quantization serves both.
+        grad_scale: the layer's scale, perhaps shared with other layers; None where no spec is a `Grid`.
+        dgrad: quantizer of a dgrad spec that brings its own scale, or None.
+        wgrad: the same for wgrad.
     """
-
-    step: Tensor
 
     def __init__(
         self,
-        dgrad: Grid | None,
-        wgrad: Grid | None,
-        grad_scale: GradScaleState,
+        specs: Mapping[Gemm, Spec | None],
+        grad_scale: GradScaleState | None,
         *,
+        samples: Mapping[Gemm, int],
+        shared: bool = False,
         device: torch.device | None = None,
         backend: str = "reference",
-        seed: int = 0,
-        layer: int = 0,
     ) -> None:
-        assert dgrad or wgrad, "a gradient quantizer with nothing to quantize"
+        assert any(specs.values()), "a gradient quantizer with nothing to quantize"
         super().__init__(device=device, backend=backend)
-        self.dgrad = dgrad
-        self.wgrad = wgrad
+        self.specs = dict(specs)
+        self.samples = dict(samples)
+        self.shared = shared
         self.grad_scale = grad_scale
-        self.seed = seed
-        self.layer = layer
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
+        for gemm, spec in specs.items():
+            own = spec is not None and not isinstance(spec, Grid)
+            self.register_module(gemm, spec.build(device=device, backend=backend) if own and spec else None)
 
-    def quantize_pair(self, grad: Tensor, *, observe: bool = True) -> tuple[QTensor | Tensor, QTensor | Tensor]:
-        """(for_dgrad, for_wgrad), each codes or, where its spec is None, the gradient itself.
-
-        Called in the backward pass.
+    def quantize(self, grads: Mapping[Gemm, Tensor], uses: Mapping[Gemm, Use], *, observe: bool) -> dict[Gemm, Parts]:
+        """The operands of the GEMMs that are asked for. Called in the backward pass.
 
         Args:
-            grad: grad_output, any shape.
-            observe: whether the largest magnitude is kept for the vote and the step counted, see `Plan.begin`.
+            grads: grad_output as each GEMM sees it (after its transform); any shape.
+            uses: what each is for.
+            observe: whether the largest magnitude is kept for the vote, see `Plan.begin`.
+
+        Returns:
+            For each GEMM the parts whose sum stands for its gradient; the gradient itself where its spec is None.
         """
-        low, high = self.kernels.value_range(grad)
-        log2_scale = self.grad_scale.exponent(
-            torch.maximum(low.abs(), high.abs()), scale_limit([self.dgrad, self.wgrad]), observe=observe
+        found: dict[Gemm, Parts] = {g: (grad,) for g, grad in grads.items() if self.specs[g] is None}
+        scaled = {g: grads[g] for g in grads if isinstance(self.specs[g], Grid)}
+        if scaled:
+            found |= self._under_layer_scale(scaled, uses, observe=observe)
+        for gemm in grads:
+            if gemm not in found:
+                other = next(iter(found), None)
+                found[gemm] = (
+                    found[other] if self.shared and other else self._own(gemm, grads[gemm], uses[gemm], observe)
+                )
+        return found
+
+    def _own(self, gemm: Gemm, grad: Tensor, use: Use, observe: bool) -> Parts:
+        """The parts by a spec that brings its own scale."""
+        quantizer = getattr(self, gemm)
+        assert isinstance(quantizer, Quantizer)
+        if self.shared:
+            # One draw for both, so that wgrad's does not depend on whether dgrad is needed.
+            use = replace(use, draw=replace(use.draw, operand=0))
+        return self._sampled(
+            gemm, use, lambda u: quantizer.parts(grad, use=u, observe=observe and u.sample == use.sample)
         )
+
+    def _sampled(self, gemm: Gemm, use: Use, draw: Callable[[Use], tuple[QTensor, ...]]) -> Parts:
+        """The mean of that many draws, as the sum of its parts: the scale of each is divided, by a power of two."""
+        count = self.samples[gemm]
+        if count == 1:
+            return draw(use)
+        parts = [q for number in range(count) for q in draw(replace(use, sample=use.sample + number))]
+        return tuple(replace(q, scale=q.scale / count) for q in parts)
+
+    def _under_layer_scale(
+        self, grads: Mapping[Gemm, Tensor], uses: Mapping[Gemm, Use], *, observe: bool
+    ) -> dict[Gemm, Parts]:
+        """The codes under the layer's scale; both GEMMs' from one walk over the gradient."""
+        assert self.grad_scale is not None
+        grad = next(iter(grads.values()))
+        low, high = self.kernels.value_range(grad)
+        amax = torch.maximum(low.abs(), high.abs())
+        log2_scale = self.grad_scale.exponent(amax, scale_limit(list(self.specs.values())), observe=observe)
         clean, scale = self.screen(grad, power_of_two(-log2_scale), low, high, observe=observe)
         inv_scale = power_of_two(log2_scale)
-        fixed = dict.fromkeys(s.format for s in (self.dgrad, self.wgrad) if s is not None and not s.stochastic)
+        specs = {gemm: spec for gemm in grads if isinstance(spec := self.specs[gemm], Grid)}
+        fixed = dict.fromkeys(spec.format for spec in specs.values() if not spec.stochastic)
         packed = dict(zip(fixed, self.kernels.encode_each(clean, tuple(fixed), inv_scale=inv_scale), strict=True))
+        found: dict[Gemm, Parts] = {}
+        for gemm, spec in specs.items():
 
-        def codes(spec: Grid | None, operand: int) -> QTensor | Tensor:
-            if spec is None:
-                return grad
+            def codes(use: Use, fmt: Format = spec.format) -> tuple[QTensor, ...]:
+                noise = use.uniform(grad.numel())
+                qdata = self.kernels.encode_stochastic(clean, fmt, inv_scale=inv_scale, noise=noise)
+                return (QTensor(qdata, scale, fmt, grad.shape),)
+
             if spec.stochastic:
-                noise = uniform(grad.numel(), seed=self.seed, layer=self.layer, step=self.step, operand=operand)
-                qdata = self.kernels.encode_stochastic(clean, spec.format, inv_scale=inv_scale, noise=noise)
+                found[gemm] = self._sampled(gemm, uses[gemm], codes)
             else:
-                qdata = packed[spec.format]
-            return QTensor(qdata, scale, spec.format, grad.shape)
-
-        pair = codes(self.dgrad, 0), codes(self.wgrad, 1)
-        self.step += observe
-        return pair
+                found[gemm] = (QTensor(packed[spec.format], scale, spec.format, grad.shape),)
+        return found
 
     def extra_repr(self) -> str:
-        return f"dgrad: {self.dgrad}, wgrad: {self.wgrad}"
+        return ", ".join(f"{gemm}: {spec}" for gemm, spec in self.specs.items())

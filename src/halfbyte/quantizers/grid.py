@@ -15,8 +15,7 @@ from torch import Tensor
 from .. import formats
 from ..formats import Format, Phase, fp4_e3m0_r4, fp4_e3m0_r4_odd
 from ..qtensor import QTensor
-from ..rng import uniform
-from .contract import Quantized, Quantizer, Spec, require, without_nan
+from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
 
 __all__ = ["Grid", "Nearest", "Radix4", "TwoPhase", "largest_log2_scale", "power_of_two"]
 
@@ -31,14 +30,13 @@ class Grid(Spec):
         return self.formats[0]
 
     @property
+    def for_gradients(self) -> bool:
+        return True
+
+    @property
     def own_scale(self) -> Literal["one", "amax"]:
         """The scale where nobody gives one: 1, or the power of two that brings the largest magnitude just inside."""
         return "one"
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether rounding draws random numbers."""
-        return False
 
     def build(self, *, device: torch.device | None = None, backend: str = "reference") -> Quantizer:
         return _GridQuantizer(self, device=device, backend=backend)
@@ -131,7 +129,9 @@ class TwoPhase:
 class _GridQuantizer(Quantizer):
     spec: Grid
 
-    def quantize(self, x: Tensor, *, observe: bool = False, differentiable: bool = False) -> Quantized:
+    def quantize(
+        self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
+    ) -> Quantized:
         low, high = self.kernels.value_range(x)
         fmt = self.spec.format
         if self.spec.own_scale == "one":
@@ -144,21 +144,18 @@ class _GridQuantizer(Quantizer):
             log2_scale = largest_log2_scale(amax, fmt.max).clamp(-126, 126)
         scale = power_of_two(-log2_scale)
         x, screened = self.screen(x, scale, low, high, observe=observe)
-        return Quantized(QTensor(self._encode(x, scale), screened, fmt, x.shape))
+        return Quantized(QTensor(self._encode(x, scale, use), screened, fmt, x.shape))
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         low, high = self.kernels.value_range(x)
         clean, kept = without_nan(x, scale, low, high)
         return QTensor(self._encode(clean, scale), kept, self.spec.format, x.shape)
 
-    def _encode(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _encode(self, x: Tensor, scale: Tensor, use: Use | None = None) -> Tensor:
         inv_scale = scale.reciprocal()
         if not self.spec.stochastic:
             return self.kernels.encode(x, self.spec.format, inv_scale=inv_scale)
-        require(self.seed is not None, f"{self.spec} without a seed", "quantize(x, spec, seed=...) gives one")
-        assert self.seed is not None
-        first = torch.zeros((), dtype=torch.int64, device=x.device)
-        noise = uniform(x.numel(), seed=self.seed, layer=0, step=first, operand=0)
+        noise = self.noise(x, use)
         return self.kernels.encode_stochastic(x, self.spec.format, inv_scale=inv_scale, noise=noise)
 
 

@@ -7,7 +7,7 @@ are there to be compared with.
 
 State moves at one place. A backward pass only observes the largest magnitude; the vote is taken once per optimizer
 step, when the next training forward finds that the weights have changed. Gradient accumulation therefore votes once,
-with the largest magnitude of all its backward passes.
+with the largest magnitude of all its backward passes. The ranks of a distributed run sum their votes (Fig. 3a).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..distributed import least_of_ranks, most_of_ranks, sum_of_ranks
 from .contract import Stateful, require
 from .grid import largest_log2_scale, power_of_two
 
@@ -134,11 +135,11 @@ class GradScaleState(Stateful):
         self.spec = spec
         first = getattr(spec, "log2_first", None)
         # 2^20 serves a layer whose first gradients are all zero.
-        log2_scale = torch.tensor(20 if first is None else first, dtype=torch.int32, device=device)
-        self.register_buffer("log2_scale", log2_scale)
-        self.register_buffer("started", torch.tensor(first is not None, device=device))
-        self.register_buffer("observed", torch.full((), -1.0, dtype=torch.float64, device=device))
-        self.register_buffer("clean_steps", torch.zeros((), dtype=torch.int32, device=device))
+        self.declare("log2_scale", 20 if first is None else first, torch.int32, device=device)
+        self.declare("started", first is not None, torch.bool, device=device)
+        self.declare("observed", -1.0, torch.float64, device=device)
+        self.declare("clean_steps", 0, torch.int32, device=device)
+        self._agreed = False
 
     def exponent(self, amax: Tensor, limit: float, *, observe: bool = True) -> Tensor:
         """The exponent to scale a gradient with, which it may set if it is the first; observes the gradient.
@@ -171,16 +172,21 @@ class GradScaleState(Stateful):
         """
         if isinstance(self.spec, ExactGradScale):
             return
+        if not self._agreed:
+            # Each rank's first gradient chose for itself; a rank without one yet makes all of them ask again.
+            both = least_of_ranks(torch.stack([self.log2_scale, self.started.int()]))
+            self.log2_scale.copy_(both[0])
+            self._agreed = bool(both[1])
         seen = (self.observed >= 0) & stepped
         amax = self.observed.clamp_min(0.0) * power_of_two(self.log2_scale)
         if isinstance(self.spec, LossScale):
-            overflow = seen & ~(amax <= 1.0)
+            overflow = most_of_ranks((seen & ~(amax <= 1.0)).int()).bool()
             clean = torch.where(overflow, 0, self.clean_steps + seen.int())
             grow = clean >= self.spec.growth_interval
             self.clean_steps.copy_(torch.where(grow, 0, clean))
             step = grow.int() - overflow.int()
         else:
-            step = torch.where(seen, vote(amax, 1.0), 0)
+            step = sum_of_ranks(torch.where(seen, vote(amax, 1.0), 0)).sign()
         self.log2_scale.add_(step).clamp_(self.spec.log2_min, self.spec.log2_max)
         self.observed.copy_(torch.where(seen, -1.0, self.observed))
 

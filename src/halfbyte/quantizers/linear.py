@@ -1,8 +1,9 @@
-"""Uniform grids whose range comes from the data: min-max (affine) and SAWB (symmetric, from two moments).
+"""Uniform grids whose range comes from the data: min-max (affine), SAWB (symmetric, from two moments), absmax.
 
 `MinMax` is the scheme of popular accounts of 4-bit training: the smallest number becomes -8, the largest 7, anew for
 every tensor. `Sawb` is what IBM uses for weights (Choi et al., SysML 2019): the clip that minimizes the mean squared
-error, as a linear function of the root mean square and the mean magnitude.
+error, as a linear function of the root mean square and the mean magnitude. `AbsMax` is the plainest there is: the
+largest magnitude becomes the largest code.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from ..formats import Format, int4, int8
 from ..qtensor import QTensor, pack_bits, unpack_bits
-from .contract import Quantized, Quantizer, Spec, require, without_nan
+from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
 
-__all__ = ["MinMax", "Sawb"]
+__all__ = ["AbsMax", "MinMax", "Sawb"]
 
 SAWB_COEFFICIENTS: dict[int, tuple[float, float]] = {
     # levels: (c1, c2) of clip = c1 * sqrt(E[w^2]) + c2 * E[|w|]. IBM's own, from fms-model-optimizer, where they exist.
@@ -70,6 +71,10 @@ class MinMax(Spec):
         require(0 <= self.momentum < 1, f"MinMax(momentum={self.momentum})", "0 up to but not 1 is possible")
 
     @property
+    def affine(self) -> bool:
+        return True
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         return (_container(self.bits),)
 
@@ -85,10 +90,12 @@ class _MinMaxQuantizer(Quantizer):
     def __init__(self, spec: MinMax, *, device: torch.device | None, backend: str) -> None:
         super().__init__(spec, device=device, backend=backend)
         # NaN until the first training batch has been seen.
-        self.register_buffer("low", torch.full((), torch.nan, device=device))
-        self.register_buffer("high", torch.full((), torch.nan, device=device))
+        self.declare("low", torch.nan, torch.float32, device=device)
+        self.declare("high", torch.nan, torch.float32, device=device)
 
-    def quantize(self, x: Tensor, *, observe: bool = False, differentiable: bool = False) -> Quantized:
+    def quantize(
+        self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
+    ) -> Quantized:
         seen_low, seen_high = self.kernels.value_range(x)
         low, high = seen_low.float(), seen_high.float()
         if observe:
@@ -180,9 +187,11 @@ class _SawbQuantizer(Quantizer):
     def __init__(self, spec: Sawb, *, device: torch.device | None, backend: str) -> None:
         super().__init__(spec, device=device, backend=backend)
         # NaN until the first training forward.
-        self.register_buffer("last_clip", torch.full((), torch.nan, device=device))
+        self.declare("last_clip", torch.nan, torch.float32, device=device)
 
-    def quantize(self, x: Tensor, *, observe: bool = False, differentiable: bool = False) -> Quantized:
+    def quantize(
+        self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
+    ) -> Quantized:
         low, high = self.kernels.value_range(x)
         clip = self._clip(x, low, high)
         if observe:
@@ -235,3 +244,67 @@ class _SawbQuantizer(Quantizer):
             inside = unpack_bits(saved[0], q.numel).view(q.shape)
             grad = grad.masked_fill(~inside, 0.0)
         return grad, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsMax(Spec):
+    """Symmetric integers up to ``n = 2^(bits-1) - 1``: the largest magnitude becomes n. The gradient passes unchanged.
+
+    Attributes:
+        bits: 2 to 8.
+        rounding: ``"nearest"``, ties to even, or ``"stochastic"``, whose mean over many draws is the number itself.
+    """
+
+    bits: int = 8
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    def __post_init__(self) -> None:
+        require(2 <= self.bits <= 8, f"AbsMax(bits={self.bits})", "2 to 8 bits are possible")
+        known = self.rounding in ("nearest", "stochastic")
+        require(known, f"AbsMax(rounding={self.rounding!r})", "'nearest' or 'stochastic' is possible")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding == "stochastic"
+
+    @property
+    def for_gradients(self) -> bool:
+        return True
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return (_container(self.bits),)
+
+    def build(self, *, device: torch.device | None = None, backend: str = "reference") -> Quantizer:
+        return _AbsMaxQuantizer(self, device=device, backend=backend)
+
+
+class _AbsMaxQuantizer(Quantizer):
+    spec: AbsMax
+
+    def quantize(
+        self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
+    ) -> Quantized:
+        low, high = self.kernels.value_range(x)
+        amax = torch.maximum(low.abs(), high.abs())
+        scale = (amax.double() / self._top).float()
+        inv_scale = torch.where(amax > 0, self._top / amax.double(), 0.0).clamp_max(_LARGEST).float()
+        x, scale = self.screen(x, scale, low, high, observe=observe)
+        return Quantized(self._encode(x, scale, inv_scale, use))
+
+    @property
+    def _top(self) -> int:
+        return int((1 << (self.spec.bits - 1)) - 1)
+
+    def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
+        x, kept = without_nan(x, scale, *self.kernels.value_range(x))
+        return self._encode(x, kept, scale.reciprocal(), None)
+
+    def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, use: Use | None) -> QTensor:
+        fmt, top = self.spec.formats[0], self._top
+        if not self.spec.stochastic:
+            qdata = self.kernels.encode(x, fmt, inv_scale=inv_scale, code_range=(-top, top))
+        else:
+            noise = self.noise(x, use)
+            qdata = self.kernels.encode_stochastic(x, fmt, inv_scale=inv_scale, noise=noise, code_range=(-top, top))
+        return QTensor(qdata, scale, fmt, x.shape)

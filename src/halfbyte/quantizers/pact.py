@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import least_of_ranks, mean_of_ranks, most_of_ranks
 from ..formats import Format, int4, int8, integer, uint4
 from ..qtensor import QTensor, pack_bits, unpack_bits
-from .contract import Quantized, Quantizer, Spec, require, without_nan
+from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
 
 __all__ = ["Pact"]
 
@@ -56,6 +57,10 @@ class Pact(Spec):
         require(self.clip is None or self.clip > 0, f"Pact(clip={self.clip})", "a clip is above zero, or None")
 
     @property
+    def learns(self) -> bool:
+        return True
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         wide = self.bits > 4
         unsigned, signed = (_uint8, int8) if wide else (uint4, int4)
@@ -77,11 +82,15 @@ class _PactQuantizer(Quantizer):
 
     def __init__(self, spec: Pact, *, device: torch.device | None, backend: str) -> None:
         super().__init__(spec, device=device, backend=backend)
-        self.clip = nn.Parameter(torch.full((), 1.0 if spec.clip is None else spec.clip, device=device))
-        self.register_buffer("ready", torch.tensor(spec.clip is not None, device=device))
-        self.register_buffer("sign", torch.tensor(-1 if spec.signed is None else int(spec.signed), device=device))
+        self.declare_parameter("clip", 1.0 if spec.clip is None else spec.clip, device=device)
+        self.declare("ready", spec.clip is not None, torch.bool, device=device)
+        self.declare("sign", -1 if spec.signed is None else int(spec.signed), torch.int64, device=device)
         self._settled: tuple[bool, int] | None = None
         self._warned = False
+
+    @property
+    def learned(self) -> nn.Parameter:
+        return self.clip
 
     def _state(self) -> tuple[bool, int]:
         """(ready, sign) as Python values, read from the buffers once they cannot change any more."""
@@ -93,7 +102,7 @@ class _PactQuantizer(Quantizer):
         return self._settled
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._settled = None
+        self._settled = self._first_value = None
         super()._load_from_state_dict(*args, **kwargs)
 
     @property
@@ -103,20 +112,27 @@ class _PactQuantizer(Quantizer):
             return None
         return self.spec.formats[-1 if sign else 0]
 
-    def quantize(self, x: Tensor, *, observe: bool = False, differentiable: bool = False) -> Quantized:
+    def quantize(
+        self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
+    ) -> Quantized:
         low, high = self.kernels.value_range(x)
+        if observe:
+            self.check_first()
         ready, sign = self._state()
-        clip = self.clip.detach()
+        clip = self.clip.detach().reshape(())
         settled = ready and sign >= 0
+        if not settled and observe:
+            low, high = least_of_ranks(low), most_of_ranks(high)
         # A batch that is empty, all zero or broken decides nothing.
         usable = settled or bool(torch.isfinite(low.float()) & torch.isfinite(high.float()) & (low < high))
         if sign < 0:
             sign = int(low < 0) if usable else 0
         if not ready and usable:
             clip = _best_clip(x.detach(), low, high, self._levels(sign), signed=bool(sign)).to(clip.device)
+            clip = mean_of_ranks(clip) if observe else clip
         if observe and usable and self._settled is None:
             self.sign.fill_(sign)
-            self.clip.data.copy_(clip)
+            self.set_first(clip)
             self.ready.fill_(True)
             if self.spec.signed is None or self.spec.clip is None:
                 kind = "signed" if sign else "unsigned"
@@ -181,7 +197,7 @@ class _PactQuantizer(Quantizer):
     def extra_repr(self) -> str:
         ready, _ = self._state()
         fmt = self.format
-        clip = f"{self.clip.item():.4g}" if ready else "not yet known"
+        clip = self.shown if ready else "not yet known"
         return f"{fmt.name if fmt else 'sign not yet known'}, clip={clip}"
 
 

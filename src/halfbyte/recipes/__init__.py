@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from .schema import REUSE, Dgrad, Fprop, LayerInfo, Recipe, Reuse, Rule, Wgrad
-from .table import RECIPES, bottom_pointwise, depthwise, first_or_last, get, pointwise
+from .conditions import bottom_pointwise, depthwise, first_or_last, pointwise
+from .schema import LayerInfo, Recipe, Rule
+from .slots import REUSE, Dgrad, Fprop, Gemms, Requantize, Reuse, Slot, Wgrad
+from .table import RECIPES, fine_tuning, get
 
 __all__ = [
     "RECIPES",
     "REUSE",
     "Dgrad",
     "Fprop",
+    "Gemms",
     "LayerInfo",
     "Recipe",
+    "Requantize",
     "Reuse",
     "Rule",
+    "Slot",
     "Wgrad",
     "bottom_pointwise",
     "depthwise",
+    "fine_tuning",
     "first_or_last",
     "get",
     "pointwise",

@@ -1,78 +1,24 @@
-"""What a recipe is: six operand slots, and the rules for the layers that get another. Frozen, checked at birth.
+"""What a recipe is: a numerical plan for the three GEMMs of a layer, and the rules for the layers that get another.
 
-A layer has three GEMMs of two operands each: six slots.
-
-    fprop(input, weight)         -> output
-    dgrad(grad_output, weight)   -> grad_input
-    wgrad(grad_output, input)    -> grad_weight
-
-A slot holds a `Spec`, or `REUSE` (the codes that fprop made), or None (floating point). A variant of a recipe is
-``dataclasses.replace(recipe, ...)``; a new one is a new `Recipe`.
+Frozen, checked at birth. A variant of a recipe is ``dataclasses.replace(recipe, ...)``; a new one is a new `Recipe`.
 """
 
 from __future__ import annotations
 
-import enum
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
 
 import torch
 from torch import nn
 
 from ..errors import SpecError
-from ..kernels import Accumulate
-from ..quantizers import (
-    GradScaleSpec,
-    Grid,
-    MinMax,
-    Nearest,
-    Pact,
-    Sawb,
-    Spec,
-)
+from ..kernels import Accumulate, Gemm
+from ..quantizers import GradScaleSpec, Grid, Hadamard
+from .checks import problems
+from .slots import Dgrad, Fprop, Gemms, Slot, Wgrad
 
-__all__ = ["REUSE", "Dgrad", "Fprop", "LayerInfo", "Recipe", "Reuse", "Rule", "Slot", "Wgrad"]
-
-
-class Reuse(enum.Enum):
-    """The type of `REUSE`."""
-
-    REUSE = "reuse"
-
-    def __str__(self) -> str:
-        return "reuse"
-
-
-REUSE: Final = Reuse.REUSE
-"""In a backward slot: the codes that fprop made of the same tensor."""
-
-Slot = Spec | Reuse | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fprop:
-    """The operands of the forward GEMM."""
-
-    input: Spec | None = None
-    weight: Spec | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dgrad:
-    """The operands of the GEMM that gives grad_input."""
-
-    grad_output: Grid | None = None
-    weight: Slot = REUSE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wgrad:
-    """The operands of the GEMM that gives grad_weight."""
-
-    grad_output: Grid | None = None
-    input: Slot = REUSE
+__all__ = ["LayerInfo", "Recipe", "Rule"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +102,8 @@ class Recipe:
         fprop: operands of the forward GEMM.
         dgrad: operands of the GEMM that gives grad_input.
         wgrad: operands of the GEMM that gives grad_weight.
-        grad_scale: how the gradient's scale is found; needed exactly where a gradient is quantized.
+        grad_scale: how the gradient's scale is found; needed exactly where a gradient's spec is nothing but a format
+            (`Radix4`, `Nearest`). All others bring their own.
         accumulate: how products are summed, see `halfbyte.kernels.reference.gemm`.
         dtype: what an unquantized layer computes in; None leaves it as it is. Only where all slots are None.
         rules: asked after the user's own rules; the first that matches a layer decides, else this recipe does.
@@ -174,72 +121,36 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, spec in self.slots.items():
-            self._check_slot(name, spec)
-        if self.quantizes_gradient != isinstance(self.grad_scale, GradScaleSpec):
-            cure = "give grad_scale=LayerGradScale()" if self.quantizes_gradient else "leave grad_scale out"
-            self._refuse(
-                f"grad_scale={self.grad_scale!r}", f"it goes with a quantized grad_output and only there; {cure}"
-            )
+        for problem in problems(self.gemms, self.grad_scale, self.accumulate, self.dtype):
+            raise SpecError(f"Recipe {self.name!r}: {problem}.")
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
-            self._refuse(f"rules={self.rules!r}", "a tuple of Rule is possible")
-        if self.dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            self._refuse(f"dtype={self.dtype!r}", "torch.bfloat16, float16, float32, float64 or None is possible")
-        if self.dtype is not None and not self.in_floating_point:
-            self._refuse(f"dtype={self.dtype}", "it is for layers whose six slots are all None")
-        if self.accumulate not in ("exact", "fp32", "fp16_chunk64"):
-            self._refuse(f"accumulate={self.accumulate!r}", "exact, fp32 and fp16_chunk64 are possible")
-        if self.accumulate != "exact":
-            affine = [n for n, s in self.slots.items() if isinstance(s, MinMax) or (isinstance(s, Sawb) and s.affine)]
-            if affine:
-                self._refuse(f"accumulate={self.accumulate!r}", f"it cannot act: {affine[0]} has a zero point")
-            if not any(isinstance(a, Spec) and isinstance(b, Spec) for a, b in self._operands()):
-                self._refuse(f"accumulate={self.accumulate!r}", "it cannot act: no GEMM has two quantized operands")
+            raise SpecError(f"Recipe {self.name!r}: rules={self.rules!r} was given; a tuple of Rule is possible.")
 
-    def _check_slot(self, name: str, spec: object) -> None:
-        """Refuses what cannot stand in that slot."""
-        if spec is None:
-            return
-        if name.endswith("grad_output"):
-            if not isinstance(spec, Grid):
-                self._refuse(f"{name}={spec!r}", "Radix4, Nearest or None is possible there")
-            if isinstance(spec, Nearest) and spec.scale != "amax":
-                self._refuse(f"{name}={spec}", "its scale cannot act, because grad_scale gives a gradient's scale")
-            return
-        forward = name.startswith("fprop")
-        if not isinstance(spec, Spec if forward else (Spec, Reuse)):
-            self._refuse(f"{name}={spec!r}", f"a Spec{'' if forward else ', REUSE'} or None is possible there")
-        if isinstance(spec, Grid) and spec.stochastic:
-            self._refuse(f"{name}={spec}", "random rounding is for grad_output slots")
-        if not forward and isinstance(spec, Pact):
-            self._refuse(
-                f"{name}={spec}", "a learned clip gets no gradient in a backward slot; MinMax and Sawb learn none"
-            )
+    @property
+    def conventions(self) -> str:
+        """Every field of everything in it, in one line: what a checkpoint must agree with."""
+        names = ("fprop", "dgrad", "wgrad", "grad_scale", "accumulate", "dtype")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _refuse(self, asked: str, possible: str) -> None:
-        raise SpecError(f"Recipe {self.name!r}: {asked} was given; {possible}.")
-
-    def _operands(self) -> list[tuple[Slot, Slot]]:
-        """Both operands of each GEMM, with what is reused in the place of `REUSE`."""
-        weight = self.fprop.weight if self.dgrad.weight is REUSE else self.dgrad.weight
-        given = self.fprop.input if self.wgrad.input is REUSE else self.wgrad.input
-        return [
-            (self.fprop.input, self.fprop.weight),
-            (self.dgrad.grad_output, weight),
-            (self.wgrad.grad_output, given),
-        ]
+    @property
+    def gemms(self) -> Gemms:
+        """The three GEMMs' slots together."""
+        return Gemms(fprop=self.fprop, dgrad=self.dgrad, wgrad=self.wgrad)
 
     @property
     def slots(self) -> dict[str, Slot]:
         """The six slots by name, in the order of the GEMMs."""
-        return {
-            "fprop.input": self.fprop.input,
-            "fprop.weight": self.fprop.weight,
-            "dgrad.grad_output": self.dgrad.grad_output,
-            "dgrad.weight": self.dgrad.weight,
-            "wgrad.grad_output": self.wgrad.grad_output,
-            "wgrad.input": self.wgrad.input,
-        }
+        return self.gemms.slots
+
+    @property
+    def transforms(self) -> dict[Gemm, Hadamard | None]:
+        """The transform of each GEMM."""
+        return self.gemms.transforms
+
+    @property
+    def random(self) -> bool:
+        """Whether anything in it draws random numbers, so that a seed acts."""
+        return self.gemms.random
 
     @property
     def quantizes_gradient(self) -> bool:
@@ -247,9 +158,18 @@ class Recipe:
         return self.dgrad.grad_output is not None or self.wgrad.grad_output is not None
 
     @property
+    def one_gradient(self) -> bool:
+        """Whether one quantization of the gradient serves both backward GEMMs."""
+        spec = self.dgrad.grad_output
+        if spec is None or spec != self.wgrad.grad_output or spec.along_reduction or isinstance(spec, Grid):
+            return False
+        plain = self.dgrad.transform is None and self.wgrad.transform is None
+        return plain and self.dgrad.samples == self.wgrad.samples == 1
+
+    @property
     def in_floating_point(self) -> bool:
         """Whether no slot holds a spec."""
-        return not any(isinstance(spec, Spec) for spec in self.slots.values())
+        return not self.gemms.specs
 
     @property
     def leaves_alone(self) -> bool:
@@ -262,6 +182,9 @@ class Recipe:
             lines.append(f"all GEMMs in {'the dtype they have' if self.dtype is None else str(self.dtype)}")
         else:
             lines += [f"  {name:<18} {'float' if spec is None else spec}" for name, spec in self.slots.items()]
+            lines += [f"  {f'{gemm}.transform':<18} {turn}" for gemm, turn in self.transforms.items() if turn]
+            samples = (("dgrad", self.dgrad.samples), ("wgrad", self.wgrad.samples))
+            lines += [f"  {f'{gemm}.samples':<18} {count}" for gemm, count in samples if count > 1]
             lines.append(f"  {'grad scale':<18} {self.grad_scale or 'none'}")
             lines.append(f"  {'accumulate':<18} {self.accumulate}")
         for rule in self.rules:

@@ -1,45 +1,23 @@
-"""The recipes by name, and the conditions that their rules ask about. Data, nothing else."""
+"""The recipes by name, IBM's family first. Data, nothing else."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from ..errors import UnknownNameError
-from ..quantizers import GradScaleSpec, Grid, LayerGradScale, LossScale, MinMax, Nearest, Pact, Sawb, TwoPhase
-from .schema import Dgrad, Fprop, LayerInfo, Recipe, Rule, Wgrad
+from ..quantizers import GradScaleSpec, LayerGradScale, LossScale, MinMax, Nearest, Pact, Sawb, Spec, TwoPhase
+from .conditions import HIGH_PRECISION, bottom_pointwise, pointwise
+from .followers import FOLLOWERS
+from .schema import Recipe, Rule
+from .slots import Dgrad, Fprop, Wgrad
 
-__all__ = ["RECIPES", "bottom_pointwise", "depthwise", "first_or_last", "get", "pointwise"]
-
-
-def first_or_last(layer: LayerInfo) -> bool:
-    """The model's first or last layer. A model of fewer than three has no layer between, so the rule is silent."""
-    return layer.count > 2 and layer.index in (0, layer.count - 1)
-
-
-def depthwise(layer: LayerInfo) -> bool:
-    """A convolution whose groups have one input channel each."""
-    groups = getattr(layer.module, "groups", 1)
-    return groups > 1 and groups == getattr(layer.module, "in_channels", 0)
-
-
-def pointwise(layer: LayerInfo) -> bool:
-    """A convolution of kernel size 1."""
-    kernel = getattr(layer.module, "kernel_size", None)
-    return isinstance(kernel, tuple) and all(k == 1 for k in kernel)
-
-
-def bottom_pointwise(layer: LayerInfo) -> bool:
-    """A 1x1 convolution that does not widen: the first, reducing one of a bottleneck block."""
-    module = layer.module
-    return pointwise(layer) and int(getattr(module, "out_channels", 0)) <= int(getattr(module, "in_channels", 0))
+__all__ = ["RECIPES", "fine_tuning", "get"]
 
 
 _SUN = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
 
-_HIGH_PRECISION: tuple[Rule, ...] = (
-    Rule(recipe="fp32", when=first_or_last, why="first or last layer"),
-    Rule(recipe="fp32", when=depthwise, why="depthwise convolution"),
-)
 _INT4 = Fprop(input=Pact(signed=None), weight=Sawb())
 _TWO_PHASE = TwoPhase()
 _E5M2 = Nearest(fmt="fp8_e5m2")
@@ -59,8 +37,8 @@ def _ibm(
     description: str,
     where: str,
     *,
-    dgrad: Grid | None = _TWO_PHASE.for_dgrad,
-    wgrad: Grid | None = _TWO_PHASE.for_wgrad,
+    dgrad: Spec | None = _TWO_PHASE.for_dgrad,
+    wgrad: Spec | None = _TWO_PHASE.for_wgrad,
     grad_scale: GradScaleSpec | None = LayerGradScale(),  # noqa: B008 - a frozen value
     rules: tuple[Rule, ...] = (),
 ) -> Recipe:
@@ -73,7 +51,7 @@ def _ibm(
         dgrad=Dgrad(grad_output=dgrad),
         wgrad=Wgrad(grad_output=wgrad),
         grad_scale=grad_scale,
-        rules=(*_HIGH_PRECISION, *rules),
+        rules=(*HIGH_PRECISION, *rules),
     )
 
 
@@ -146,7 +124,7 @@ _ALL: tuple[Recipe, ...] = (
     ),
 )
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_ALL, *FOLLOWERS)}
 """The recipes by name."""
 
 
@@ -161,3 +139,24 @@ def get(recipe: str | Recipe) -> Recipe:
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise UnknownNameError("recipe", str(recipe), RECIPES)
     return RECIPES[recipe]
+
+
+def fine_tuning(recipe: Recipe) -> Recipe:
+    """The recipe for a last phase in high precision: only the weights keep their format.
+
+    LUQ ends a run like this (Chmiel et al., arXiv 2112.10769, section 4.2), so that what was learned from noisy
+    gradients settles, while the network that comes out still has 4-bit weights.
+
+    Args:
+        recipe: any; one without a quantized weight is left without quantizers.
+    """
+    return replace(
+        recipe,
+        name=f"{recipe.name}_fine_tuning",
+        description=f"{recipe.name} with the weights' format alone.",
+        fprop=Fprop(weight=recipe.fprop.weight),
+        dgrad=Dgrad(),
+        wgrad=Wgrad(),
+        grad_scale=None,
+        accumulate="exact",
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .clip import clip_backward, clip_bits
 from .decode import decode, planes
-from .encode import encode, encode_each, encode_stochastic, has_nonfinite, moments, stable_sum, value_range
+from .encode import encode, encode_each, has_nonfinite, moments, stable_sum, value_range
 from .gemm import accumulators, gemm
+from .stochastic import encode_stochastic
 
 __all__ = [
     "accumulators",

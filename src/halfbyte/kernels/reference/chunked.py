@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...qtensor import QTensor, round_once
-from ..geometry import Conv, Gemm, Geometry, Linear
+from ..geometry import Batched, Conv, Gemm, Geometry, Linear
 from .decode import decode
 
 CHUNK = 64
@@ -42,6 +42,11 @@ def chunked_gemm(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Ten
     if isinstance(geometry, Linear):
         left, right = geometry.matrices(which, value_a, value_b)
         return _add_chunks(left, right, left.new_zeros(left.shape[0], right.shape[1], dtype=torch.float16)).float()
+    if isinstance(geometry, Batched):
+        one = Linear(rows=geometry.rows, in_features=geometry.inner, out_features=geometry.columns)
+        pairs = [one.matrices(which, *pair) for pair in zip(value_a, value_b, strict=True)]
+        sums = [_add_chunks(m, n, m.new_zeros(m.shape[0], n.shape[1], dtype=torch.float16)) for m, n in pairs]
+        return torch.stack(sums).float()
     assert isinstance(geometry, Conv)
     return _conv(which, value_a, value_b, geometry).float()
 

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...formats import Format
+from ...formats import Format, fp4_e2m1
 from ...qtensor import QTensor, packed_size, unpack
 from .encode import NATIVE, PIECE
 
@@ -106,6 +106,15 @@ def _split(codes: Tensor, fmt: Format, outs: list[Tensor]) -> None:
             torch.bitwise_left_shift(one, exponent, out=out.view(torch.uint8))
             out.bitwise_xor_(sign).sub_(sign)
             exponent.sub_(8)
+    elif fmt == fp4_e2m1:
+        # Exponent e and mantissa bit m, in halves: m where e is 0, else 2 + m shifted by e - 1.
+        sign = (codes >> 3).view(torch.int8).neg_()
+        exponent = ((codes >> 1) & 3).sub_(1)
+        mantissa = codes.bitwise_and_(1)
+        # Exponent 0 became 255, whose shift gives 0: the mantissa bit alone is left.
+        torch.bitwise_left_shift(mantissa + 2, exponent, out=outs[0].view(torch.uint8))
+        outs[0].add_(mantissa.mul_(exponent.eq_(255)).view(torch.int8))
+        outs[0].bitwise_xor_(sign).sub_(sign)
     else:
         outs[0].copy_(_table(fmt, torch.int8, codes.device)[codes.int()])
 

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...formats import Format, Phase, fp8_e4m3, fp8_e5m2
+from ...formats import Format, Phase, fp4_e2m1, fp8_e4m3, fp8_e5m2
 from ...oracle import to_binary
 from ...qtensor import BLOCK, pack, packed_size
 
@@ -106,32 +106,6 @@ def encode_each(x: Tensor, fmts: Sequence[Format], *, inv_scale: Tensor) -> tupl
     return _encode(x, tuple(fmts), inv_scale, None, 0, None)
 
 
-def encode_stochastic(x: Tensor, fmt: Format, *, inv_scale: Tensor, noise: Tensor) -> Tensor:
-    """The packed codes of a tensor rounded to one of the two values around each element, unbiased.
-
-    ``|x * inv_scale|`` goes up if ``noise * (above - below)`` is less than what it exceeds `below` by, computed in
-    float64, where all of that is exact.
-
-    Args:
-        x: numbers but no NaN, of any floating type and shape.
-        fmt: a format with a sign bit.
-        inv_scale: reciprocal of the scale, float32 of shape ().
-        noise: float32 of shape (x.numel(),), uniform in [0, 1).
-
-    Returns:
-        uint8 as `encode` returns.
-    """
-    scaled = x.detach().reshape(-1).to(wide_dtype(x.dtype)) * inv_scale
-    magnitude = scaled.abs().double()
-    codes = torch.tensor([code for code, _ in fmt.levels], dtype=torch.uint8, device=x.device)
-    values = torch.tensor([fmt.values[code] for code, _ in fmt.levels], dtype=torch.float64, device=x.device)
-    index = torch.bucketize(magnitude, values, right=True).sub_(1)
-    below, above = values[index], values[(index + 1).clamp_max_(len(values) - 1)]
-    index += noise * (above - below) < magnitude - below
-    found = codes[index.clamp_max_(len(values) - 1)]
-    return pack(found.bitwise_or_(torch.signbit(scaled).to(torch.uint8) << (fmt.bits - 1)), fmt.bits)
-
-
 def _encode(
     x: Tensor,
     fmts: tuple[Format, ...],
@@ -160,6 +134,8 @@ def _encode(
                 piece_codes.view(NATIVE[fmt]).copy_(scaled.clamp(-fmt.max, fmt.max))
             elif dtype == torch.float32 and fmt.kind == "log" and fmt.radix in (2, 4) and fmt.bits == 4:
                 _log_codes(scaled, fmt, piece_codes)
+            elif dtype == torch.float32 and fmt == fp4_e2m1:
+                _e2m1_codes(scaled, piece_codes)
             else:
                 piece_codes.copy_(_table_codes(scaled, fmt))
             pack(piece_codes, fmt.bits, out[packed_size(start, fmt.bits) : packed_size(stop, fmt.bits)])
@@ -213,6 +189,22 @@ def _log_codes(scaled: Tensor, fmt: Format, out: Tensor) -> None:
     else:
         sign_bit = sign.to(torch.uint8) << 3
     out.clamp_(base, base + 7).sub_(base).bitwise_or_(sign_bit)
+
+
+def _e2m1_codes(scaled: Tensor, out: Tensor) -> None:
+    """E2M1 from the bits of a float32: one addition rounds to the one bit of mantissa, ties to even.
+
+    From 1 up, exponent and top mantissa bit of the sum are the code but for a constant. Below 1 the codes are whole
+    halves, ties to even as well.
+    """
+    magnitude = scaled.abs().clamp_max_(fp4_e2m1.max)
+    below = (magnitude * 2).round_()
+    bits = magnitude.view(torch.int32)
+    cut = _MANTISSA - 1
+    # Half a unit of the last bit kept, less one, and one more if that bit is set: ties go to the even code.
+    top = (bits >> cut).bitwise_and_(1).add_(bits).add_((1 << (cut - 1)) - 1).bitwise_right_shift_(cut)
+    code = torch.where(magnitude < 1, below.int(), top.sub_(2 * 127 - 2))
+    out.copy_(code).bitwise_or_(torch.signbit(scaled).to(torch.uint8) << 3)
 
 
 def _table_codes(scaled: Tensor, fmt: Format) -> Tensor:

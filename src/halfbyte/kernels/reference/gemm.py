@@ -4,6 +4,11 @@ The result of a GEMM is ``float32(sum of integer products) * scale``: the sum is
 multiplied once. Exactness is bought as cheaply as the bounds allow: on a CPU int8 matrix products with 32-bit sums for
 linear layers and for the wgrad of convolutions, and float32 while every partial sum stays below 2^24; otherwise, and on
 other devices, float64. No choice changes the result.
+
+Two kinds of operands are multiplied in float64 instead. A block format has a scale for each block, so its sums are not
+of integers; products of E2M1 codes and E4M3 or E8M0 scales have few significant bits, though, and float64 adds them
+exactly unless blocks of one sum differ in scale by more than some 2^40. Two 8-bit floats reach over 50 binades, more
+than any exact sum holds; their products are exact, and the sum has float64's precision.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...qtensor import QTensor
-from ..geometry import Conv, Gemm, Geometry, Linear
+from ..geometry import Conv, ConvTranspose, Gemm, Geometry, Linear
 from .chunked import chunked_gemm
 from .decode import PLANE_LIMIT, decode, planes
 from .im2col import int_product, wgrad
@@ -49,11 +54,22 @@ def gemm(
         other = a if isinstance(a, Tensor) else b
         dtype = other.dtype if isinstance(other, Tensor) else torch.float32
         return geometry.apply(which, _floating(a, dtype), _floating(b, dtype))
+    if isinstance(geometry, ConvTranspose):
+        which, a, b, geometry = _mirrored(which, a, b, geometry)
     with torch.autocast(a.qdata.device.type, enabled=False):
         return _on_codes(which, a, b, geometry, accumulate)
 
 
+def _mirrored(which: Gemm, a: QTensor, b: QTensor, geometry: ConvTranspose) -> tuple[Gemm, QTensor, QTensor, Conv]:
+    """A transposed convolution's GEMM as one of the convolution that it mirrors."""
+    mirrored, first = geometry.mirrored(which, 0)
+    return (mirrored, a, b, geometry.conv) if first == 0 else (mirrored, b, a, geometry.conv)
+
+
 def _on_codes(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, accumulate: Accumulate) -> Tensor:
+    wide = a.format.kind == b.format.kind == "float" and _bound(which, a, b, geometry) >= _EXACT_FLOAT64
+    if a.blocks is not None or b.blocks is not None or (wide and accumulate == "exact"):
+        return _on_numbers(which, a, b, geometry, accumulate)
     if accumulate == "fp16_chunk64":
         # The float16 sums are of values, so the units are in them already.
         return chunked_gemm(which, a, b, geometry).mul_((a.scale.double() * b.scale.double()).float())
@@ -66,8 +82,31 @@ def _on_codes(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, accumulat
     return total.mul_(output_scale(a, b))
 
 
+def _on_numbers(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, accumulate: Accumulate) -> Tensor:
+    """A product of codes' values, with block scales but without the tensors' scales, summed in floating point."""
+    dtype = torch.float32 if accumulate == "fp32" else torch.float64
+    if accumulate == "fp16_chunk64":
+        raise ValueError(
+            "accumulate='fp16_chunk64' was asked for operands with a scale for each block; no unit sums their codes as "
+            "integers. Use a recipe with one scale for a tensor, or accumulate='exact' or 'fp32'."
+        )
+    units = []
+    for q in (a, b):
+        factors = q.block_factors()
+        wide = decode(q, torch.float64)
+        if q.zero_point is not None:
+            wide -= q.zero_point
+        units.append((wide if factors is None else wide.mul_(factors)).to(dtype))
+    with torch.backends.nnpack.flags(enabled=False):
+        total = geometry.apply(which, *units)
+    unit = float(a.format.unit * b.format.unit)
+    return total.double().mul_(a.scale.double() * b.scale.double() * unit).float()
+
+
 def accumulators(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
     """The sums of products of the two operands' integers, before zero points and scales; exact below 2^53. float64."""
+    if isinstance(geometry, ConvTranspose):
+        which, a, b, geometry = _mirrored(which, a, b, geometry)
     (weight, first), *others = _products(which, a, b, geometry)
     total = first.double()
     if weight != 1:
@@ -86,7 +125,7 @@ def output_scale(a: QTensor, b: QTensor) -> Tensor:
 def _floating(operand: QTensor | Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(operand, QTensor):
         return operand
-    if operand.format.kind == "int" and operand.zero_point is None:
+    if operand.format.kind == "int" and operand.zero_point is None and operand.blocks is None:
         # The same numbers as `dequantize` gives, and several times sooner: one whole number times one scale.
         return decode(operand, dtype).mul_(operand.scale)
     return operand.dequantize(dtype)

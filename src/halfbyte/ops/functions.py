@@ -1,0 +1,190 @@
+"""`linear`, `conv`, `conv_transpose` and `matmul` under a `Plan`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..kernels import Batched, Conv, ConvTranspose, Geometry, Linear
+from .layer_pass import Pass
+from .plan import Plan
+from .three_gemms import ThreeGemms, add_bias, out_dtype
+
+__all__ = ["conv", "conv_transpose", "in_dtype", "is_abstract", "linear", "matmul", "not_compiled"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """``x @ weight.T + bias`` with the plan's numerics.
+
+    Args:
+        x: (..., I), any floating type.
+        weight: (O, I).
+        bias: (O,) or None; added in floating point.
+        plan: the numerics.
+
+    Returns:
+        (..., O) in the type of x, or autocast's where that is on.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: an input of shape {tuple(x.shape)} was given to a weight of shape {tuple(weight.shape)}; "
+            f"the input's last dimension must be {weight.shape[1]}."
+        )
+    if plan.recipe.in_floating_point:
+        return in_dtype(torch.nn.functional.linear, plan, x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    geometry = Linear(rows=rows.shape[0], in_features=weight.shape[1], out_features=weight.shape[0])
+    return _run(rows, weight, bias, plan, geometry).view(*x.shape[:-1], weight.shape[0])
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """A convolution in one, two or three spatial dimensions with the plan's numerics.
+
+    Args:
+        x: (N, I, *spatial), any floating type.
+        weight: (O, I / groups, *kernel).
+        bias: (O,) or None; added in floating point.
+        plan: the numerics.
+        stride: per spatial dimension.
+        padding: zeros on either side, per spatial dimension.
+        dilation: per spatial dimension.
+        groups: how many groups the channels form.
+
+    Returns:
+        (N, O, *spatial) in the type of x, or autocast's where that is on.
+    """
+    if plan.recipe.in_floating_point:
+        function = (torch.conv1d, torch.conv2d, torch.conv3d)[len(stride) - 1]
+        return in_dtype(function, plan, x, weight, bias, stride, padding, dilation, groups)
+    geometry = Conv(
+        input_shape=tuple(x.shape),
+        weight_shape=tuple(weight.shape),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    return _run(x, weight, bias, plan, geometry)
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """A transposed convolution in one, two or three spatial dimensions with the plan's numerics.
+
+    Args:
+        x: (N, I, *spatial), any floating type.
+        weight: (I, O / groups, *kernel).
+        bias: (O,) or None; added in floating point.
+        plan: the numerics.
+        stride: per spatial dimension.
+        padding: rows taken off the result on either side, per spatial dimension.
+        output_padding: rows added to one side of the result, per spatial dimension.
+        dilation: per spatial dimension.
+        groups: how many groups the channels form.
+
+    Returns:
+        (N, O, *spatial) in the type of x, or autocast's where that is on.
+    """
+    if plan.recipe.in_floating_point:
+        function = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(stride) - 1]
+        return in_dtype(function, plan, x, weight, bias, stride, padding, output_padding, groups, dilation)
+    spatial = tuple(
+        (size - 1) * step - 2 * pad + dil * (kernel - 1) + extra + 1
+        for size, step, pad, dil, kernel, extra in zip(
+            x.shape[2:], stride, padding, dilation, weight.shape[2:], output_padding, strict=True
+        )
+    )
+    mirror = Conv(
+        input_shape=(x.shape[0], weight.shape[1] * groups, *spatial),
+        weight_shape=tuple(weight.shape),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    return _run(x, weight, bias, plan, ConvTranspose(conv=mirror))
+
+
+def matmul(a: Tensor, b: Tensor, plan: Plan) -> Tensor:
+    """``a @ b.mT`` for a batch of matrices, both quantized: a in the input's slots, b in the weight's.
+
+    Args:
+        a: (B, M, K), any floating type.
+        b: (B, N, K), the same type.
+        plan: the numerics.
+
+    Returns:
+        (B, M, N) in the type of a, or autocast's where that is on.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2]:
+        raise ValueError(
+            f"matmul: shapes {tuple(a.shape)} and {tuple(b.shape)} were given; (B, M, K) and (B, N, K) are possible."
+        )
+    if plan.recipe.in_floating_point:
+        dtype = plan.recipe.dtype
+        return (a.to(dtype) @ b.to(dtype).mT).to(a.dtype)
+    geometry = Batched(batch=a.shape[0], rows=a.shape[1], columns=b.shape[1], inner=a.shape[2])
+    return _run(a, b, None, plan, geometry)
+
+
+def in_dtype(function: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    """The ordinary operation in the recipe's dtype, its result in the type of x."""
+    dtype = plan.recipe.dtype
+    result: Tensor = function(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *args)
+    return result.to(x.dtype)
+
+
+def is_abstract(*tensors: Tensor) -> bool:
+    """Whether a tensor has a shape but no numbers: then there is nothing to round, and only the shape is computed."""
+    return any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
+
+
+def not_compiled(function: Any, *args: Any) -> Any:
+    """Calls a function, outside the graph where one is being compiled.
+
+    A compiler may fuse a product and a sum and so round once where the definition rounds twice: break the graph.
+    """
+    return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry) -> Tensor:
+    result: Tensor = not_compiled(_run_eagerly, x, weight, bias, plan, geometry)
+    return result
+
+
+def _run_eagerly(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry) -> Tensor:
+    if is_abstract(x, weight):
+        return add_bias(geometry.apply("fprop", x, weight), bias).to(out_dtype(x))
+    learned = [None if q is None else q.learned for q in (plan.input, plan.weight)]
+    run = Pass.start(plan, geometry, weight)
+    result: Tensor = ThreeGemms.apply(x, weight, bias, *learned, run)  # type: ignore[no-untyped-call]
+    return result
