@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..errors import ConversionError
 from ..ops import Plan
 from .attention import MultiheadAttention
 from .cells import GRUCell, LSTMCell, RNNCell
@@ -33,11 +34,14 @@ __all__ = [
     "LSTMCell",
     "Linear",
     "MultiheadAttention",
+    "Planned",
+    "PlannedMany",
     "RNNCell",
     "Unit",
     "adopt",
     "is_twin",
     "plans_of",
+    "register",
     "release",
     "twin_of",
     "units_of",
@@ -60,9 +64,32 @@ TWINS: dict[type[nn.Module], type[Planned] | type[PlannedMany]] = {
     nn.RNNCell: RNNCell,
     nn.MultiheadAttention: MultiheadAttention,
 }
-"""torch's class to ours."""
+"""torch's class to ours. `register` adds to it."""
 
 _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in TWINS.items()}
+
+
+def register(original: type[nn.Module], twin: type[Planned] | type[PlannedMany]) -> None:
+    """Makes layers of a class of yours convertible.
+
+    Args:
+        original: the class; only layers of exactly this class are converted.
+        twin: what they become: a subclass of `Planned` (one weight) or `PlannedMany`, and of the original.
+
+    Raises:
+        ConversionError: if the twin is no subclass of both, or the class has another twin already.
+    """
+    if not (issubclass(twin, original) and issubclass(twin, Planned | PlannedMany)):
+        raise ConversionError(
+            f"register({original.__name__}, {twin.__name__}) was asked for; a twin derives from Planned or PlannedMany "
+            f"and from {original.__name__}: class {twin.__name__}(Planned, {original.__name__})."
+        )
+    if TWINS.get(original, twin) is not twin:
+        raise ConversionError(
+            f"register({original.__name__}, {twin.__name__}) was asked for, but its twin is {TWINS[original].__name__}."
+        )
+    TWINS[original] = twin
+    _ORIGINALS[twin] = original
 
 
 def is_twin(module: nn.Module) -> bool:
