@@ -206,10 +206,13 @@ GRADIENTS: dict[str, Any] = {
         ({"wgrad": Wgrad(input=Requantize(spec=MinMax()))}, "it needs codes of fprop, whose slot is None"),
         ({"wgrad": Wgrad(input=Requantize(spec=Lsq())), "fprop": Fprop(input=MinMax())}, "a learned clip or step"),
         (
-            {"fprop": Fprop(input=NVFP4(), weight=NVFP4(square=True))},
+            {"fprop": Fprop(input=NVFP4()), "wgrad": Wgrad(grad_output=Luq())},
             "the blocks of NVFP4.* run along fprop's reduction",
         ),
-        ({"fprop": Fprop(weight=MXFP4())}, r"dgrad\.weight=reuse|blocks of MXFP4"),
+        (
+            {"fprop": Fprop(weight=MXFP4()), "dgrad": Dgrad(grad_output=Luq())},
+            "the blocks of MXFP4.* run along fprop's",
+        ),
         ({"wgrad": Wgrad(samples=3, grad_output=Luq())}, r"wgrad\.samples=3 was given; 1, 2, 4 or 8 is possible"),
         ({**GRADIENTS, "dgrad": Dgrad(grad_output=Radix4(), samples=2)}, r"dgrad\.samples=2 .* not rounded at random"),
         ({"wgrad": Wgrad(samples=2)}, "not rounded at random"),
@@ -220,10 +223,9 @@ GRADIENTS: dict[str, Any] = {
             {**GRADIENTS, "wgrad": Wgrad(grad_output=Radix4(), input=MinMax(), transform=Hadamard())},
             "use a spec with its own scale",
         ),
-        ({"fprop": Fprop(input=Sawb(), transform=Hadamard())}, "both operands of fprop need a spec then"),
         (
             {"fprop": Fprop(input=Sawb(), weight=Sawb(), transform=Hadamard()), "dgrad": Dgrad(weight=MinMax())},
-            "backward slots REUSE or Requantize",
+            "backward slots hold REUSE or Requantize then",
         ),
         (
             {"fprop": Fprop(input=Sawb(), weight=Sawb(), transform=Hadamard(signs="random"))},

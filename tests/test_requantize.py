@@ -477,7 +477,7 @@ REFUSED = {
         "it cannot act",
     ),
     "reused blocks": (
-        lambda: Recipe(name="x", fprop=Fprop(weight=NVFP4())),
+        lambda: Recipe(name="x", fprop=Fprop(weight=NVFP4()), dgrad=Dgrad(grad_output=Luq())),
         "along fprop's reduction",
     ),
     "requantized nothing": (

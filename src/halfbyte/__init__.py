@@ -9,7 +9,8 @@ print(hb.summary(model))
 
 from __future__ import annotations
 
-from . import formats
+from . import formats, probes
+from .auditing import AuditReport, audit
 from .convert import convert, restore, summary
 from .formats import Format, Phase
 from .qtensor import QTensor
@@ -41,6 +42,7 @@ __all__ = [
     "RECIPES",
     "REUSE",
     "AbsMax",
+    "AuditReport",
     "BitSplit",
     "Dgrad",
     "Format",
@@ -62,8 +64,10 @@ __all__ = [
     "Sawb",
     "TwoPhase",
     "Wgrad",
+    "audit",
     "convert",
     "formats",
+    "probes",
     "quantize",
     "restore",
     "summary",

@@ -1,6 +1,7 @@
-"""The command ``halfbyte``: compare recipes, train, look at formats and recipes, see what a picture loses.
+"""The command ``halfbyte``: compare recipes, train, audit, look at formats and recipes, see what a picture loses.
 
-Exit status: 0 done, 1 a run diverged, 2 something was asked that cannot be done, 130 Ctrl-C, 143 SIGTERM.
+Exit status: 0 done, 1 a run diverged or an audit failed, 2 something was asked that cannot be done, 130 Ctrl-C, 143
+SIGTERM.
 Nothing heavy is imported before a command needs it, so that ``--help`` answers at once.
 """
 
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 _SIZE = "How long: smoke (seconds, for tests), cpu (a minute at a desk) or full (for results)."
 _MODEL = "Which network of the task; for digits cnn or mlp."
+_FINE_TUNE = "Epochs in high precision after the ordinary ones; the weights stay in their format. 0 for none."
 _ACCELERATOR = "Where to compute: cpu, cuda, mps or auto."
 _RUNS = Path("runs")
 
@@ -77,6 +79,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 3 means the seeds 0, 1 and 2.")] = 3,
     size: Annotated[str, typer.Option(help=_SIZE)] = "cpu",
     model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    fine_tune: Annotated[int, typer.Option(min=0, help=_FINE_TUNE)] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones there are not repeated.")] = _RUNS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write runs and summary to this file.")] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
@@ -102,6 +105,7 @@ def compare(
                 range(seeds),
                 size=size,
                 model=model,
+                fine_tune=fine_tune,
                 out_dir=out,
                 accelerator=accelerator,
                 progress=watcher,
@@ -120,6 +124,7 @@ def compare(
 @app.command(
     epilog=_examples(
         "halfbyte train digits --recipe ibm2020 --seed 1",
+        "halfbyte train digits --recipe luq --fine-tune 3",
         "halfbyte train digits --recipe ibm2020 --seed 1 --resume runs/digits-cnn-cpu-ibm2020-seed1",
     )
 )
@@ -129,6 +134,7 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and of the order of the examples.")] = 0,
     size: Annotated[str, typer.Option(help=_SIZE)] = "cpu",
     model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    fine_tune: Annotated[int, typer.Option(min=0, help=_FINE_TUNE)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run. Without it: runs/TASK-MODEL-SIZE-RECIPE-seedN.")
     ] = None,
@@ -145,7 +151,7 @@ def train(
     from .lab.run import RECORD_NAME, Interrupted, Run
     from .lab.trainer import train as run_one
 
-    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "")
+    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune)
     folder = resume or out or _RUNS / run.name
     definition, console = tasks.get(task), Console()
     try:
@@ -156,6 +162,7 @@ def train(
                 seed,
                 size=size,
                 model=model,
+                fine_tune=fine_tune,
                 out_dir=out if resume else folder,
                 resume=resume,
                 accelerator=accelerator,
@@ -167,6 +174,64 @@ def train(
     for layer, count in result.nonfinite.items():
         console.print(f"{layer}: {count} tensors held NaN or infinity.", style="red")
     console.print(f"Record: {folder / RECORD_NAME}")
+
+
+@app.command(
+    epilog=_examples(
+        "halfbyte audit digits --recipe ibm2020",
+        "halfbyte audit digits --recipe luq --model mlp --json audit.json",
+    )
+)
+def audit(
+    task: Annotated[str, typer.Argument(help="The task, for example digits.")],
+    recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes")],
+    model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda or mps where there is one.")] = "cpu",
+) -> None:
+    """Prove what a network computes in four bits: run one training step and recompute all of it.
+
+    The report says for every layer and GEMM on which codes it ran, and which share of the arithmetic that was. Every
+    quantizer in use is tested on the device. The exit status is 1 when a promised layer was skipped, a product or a
+    bias is wrong, or a quantizer does not do what it says.
+    """
+    import torch
+
+    from .auditing import audit as run_audit
+    from .convert import convert
+    from .lab import tasks
+    from .lab.guard import reproducible
+    from .recipes import get
+
+    chosen, definition = get(recipe), tasks.get(task)
+    name, data = definition.model_named(model), definition.load()
+    place = _device(device)
+    count = definition.settings("cpu").batch_size
+    with reproducible(0, torch.device("cpu")):
+        network = convert(definition.models[name](), chosen).to(place)
+        batch = (data.train_inputs[:count].to(place), data.train_targets[:count].to(place))
+        report = run_audit(network, batch, lambda output, both: definition.loss(output, both[1]))
+    console = Console()
+    console.print(f"{task}, {name}, {recipe}: one training step on {count} examples\n", highlight=False)
+    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        report.write(json_file)
+        console.print(f"Report: {json_file}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _device(name: str) -> Any:
+    """A device of that name that can be used."""
+    import torch
+
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise HalfbyteError(
+            f"The device {name!r} cannot be used here ({reason}). Possible: cpu, and cuda or mps where there is one."
+        ) from error
 
 
 def _stopped(stop: Any, command: str) -> typer.Exit:

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import socket
+from pathlib import Path
 
 import pytest
 
 from halfbyte.lab import record
 from halfbyte.lab.record import Record, RecordError
+
+RECORDS = Path(__file__).resolve().parents[2] / "experiments" / "records"
 
 
 @pytest.fixture
@@ -31,6 +34,8 @@ def done() -> Record:
         saved_bytes=4096,
         layers=["stem fp32"],
         commit=record.commit(),
+        fine_tune=1,
+        conventions={"ibm2020": "every field"},
         sources_sha256=[record.source_sha256()],
         versions=record.versions(),
         machine=record.machine(),
@@ -50,7 +55,7 @@ def test_top_level_names(done, tmp_path):
     record.write(done, tmp_path / "record.json")
     content = json.loads((tmp_path / "record.json").read_text())
     assert {"schema", "task", "recipe", "seed", "size", "model", "metric", "value"} <= content.keys()
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["value"] == 98.5
 
 
@@ -77,8 +82,10 @@ def test_cut_file(done, tmp_path):
     ("change", "text"),
     [
         (lambda c: c.pop("schema"), "has no 'schema'"),
-        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1"),
+        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1 and 2"),
         (lambda c: c.pop("value"), r"missing \['value'\]"),
+        (lambda c: c.pop("conventions"), r"missing \['conventions'\]"),
+        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune'\]"),
         (lambda c: c.update(color="red"), r"foreign \['color'\]"),
         (lambda c: c.update(seed="1"), "'seed' must be int, but is '1'"),
         (lambda c: c.update(value=True), "'value' must be float, but is True"),
@@ -94,6 +101,22 @@ def test_foreign_file(done, tmp_path, change, text):
     path.write_text(json.dumps(content))
     with pytest.raises(RecordError, match=text):
         record.read(path)
+
+
+def test_schema_1_is_read(done, tmp_path):
+    """A record from before fine-tuning says that it had none; the conventions that it does not hold stay empty."""
+    path = tmp_path / "record.json"
+    record.write(done, path)
+    content = json.loads(path.read_text())
+    del content["fine_tune"], content["conventions"]
+    path.write_text(json.dumps(content | {"schema": 1}))
+    assert record.read(path) == dataclasses.replace(done, fine_tune=0, conventions={})
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*-seed*.json")), ids=lambda p: p.stem)
+def test_published_records_are_read(path):
+    """Every record of a run in the repository is one, and holds a result."""
+    assert record.read(path).seconds > 0
 
 
 def test_missing_file(tmp_path):

@@ -110,6 +110,7 @@ def compare(
     *,
     size: str = "cpu",
     model: str | None = None,
+    fine_tune: int = 0,
     out_dir: Path | None = None,
     accelerator: str = "cpu",
     progress: Progress | None = None,
@@ -126,6 +127,7 @@ def compare(
         seeds: seeds, each once.
         size: a preset of the task.
         model: a network of the task; None for its default.
+        fine_tune: epochs in high precision after the ordinary ones, for every recipe, see `halfbyte.lab.phases`.
         out_dir: each run gets a folder below it; None keeps nothing on the disk.
         accelerator: Lightning Fabric's name of the device.
         progress: called after every batch of every run.
@@ -143,7 +145,9 @@ def compare(
         if not given or len(set(given)) != len(given):
             raise HalfbyteError(f"A comparison needs at least one {what} and each only once; got {list(given)}.")
     runs = [
-        Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "") for seed in seeds for recipe in recipes
+        Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune)
+        for seed in seeds
+        for recipe in recipes
     ]
     records, failures = [], []
     for run in runs:
@@ -167,6 +171,7 @@ def _finish(
             run.seed,
             size=run.size,
             model=run.model,
+            fine_tune=run.fine_tune,
             out_dir=out_dir,
             resume=resume,
             accelerator=accelerator,

@@ -94,6 +94,10 @@ def _caption(result: Comparison, *, paired: bool) -> str:
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}; mean ± sample standard deviation; the last epoch counts.",
         f"Time is a multiple of {result.baseline}'s. Four bits are emulated: it says nothing about hardware.",
     ]
+    fine_tune = result.records[0].fine_tune
+    if fine_tune:
+        counted = f"{fine_tune} {'epoch' if fine_tune == 1 else 'epochs'}"
+        lines.append(f"At the end {counted} of fine-tuning: the weights keep their format, the rest is in float.")
     if paired:
         lines.append("95 % interval: Student's t on the differences seed by seed.")
     lines += [f"Diverged: {failure.recipe}, seed {failure.seed}." for failure in result.failures]

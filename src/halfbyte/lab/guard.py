@@ -1,4 +1,4 @@
-"""What surrounds a run: a known state of torch's generators, and signals that wait for a checkpoint."""
+"""What surrounds a run: a known state of torch's generators, signals that wait for a checkpoint, a pair of scales."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["reproducible", "signals"]
+__all__ = ["reproducible", "signals", "weighing"]
 
 
 @contextlib.contextmanager
@@ -57,3 +58,27 @@ def signals(*, heard: bool) -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def weighing(network: nn.Module) -> Iterator[list[int]]:
+    """Weighs what is kept for the backward pass by a forward pass inside.
+
+    Args:
+        network: its parameters do not count.
+
+    Yields:
+        A list, empty until the context ends: then the bytes of each storage that was kept.
+    """
+    kept: list[Tensor] = []
+    found: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.detach())  # Detached: a node that held its own output would never be freed.
+        return kept[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield found
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    found.extend(nbytes for at, nbytes in storages.items() if at not in own)

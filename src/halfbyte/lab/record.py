@@ -28,7 +28,8 @@ from ..errors import HalfbyteError
 
 __all__ = ["SCHEMA", "Record", "RecordError", "commit", "machine", "read", "source_sha256", "versions", "write"]
 
-SCHEMA = 1
+SCHEMA = 2
+_READABLE = (1, 2)  # Schema 1 has no `fine_tune` and no `conventions`: its runs had neither.
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -43,7 +44,7 @@ class Record:
     Attributes:
         task: name of the task.
         recipe: name of the recipe.
-        seed: seed of the initial weights and of the order of the data.
+        seed: seed of the initial weights, of the order of the data, and of what the recipe draws at random.
         size: name of the preset.
         model: name of the network.
         metric: what ``value`` measures.
@@ -57,8 +58,10 @@ class Record:
         seconds: wall-clock time of training and evaluation, pauses between resumed parts excluded.
         samples_per_s: training examples in a second of training.
         saved_bytes: what the network kept between forward and backward at the first batch, its parameters excluded.
-        layers: the table of the converted model, line by line.
+        layers: the table of the converted model, line by line; after it, where there was fine-tuning, that phase's.
         nonfinite: how many tensors with NaN or infinity each quantizer met; empty where there were none.
+        fine_tune: epochs in high precision that followed the ordinary ones; the curves hold both.
+        conventions: every field of each recipe that has a part in the run, by the recipe's name; empty in schema 1.
         commit: git revision and whether the package differed from it; both None outside a checkout.
         sources_sha256: fingerprints of the code that ran: one, or more where a run was resumed by other code.
         versions: of halfbyte, torch and Python.
@@ -83,6 +86,8 @@ class Record:
     saved_bytes: int
     layers: list[str]
     nonfinite: dict[str, int] = field(default_factory=dict)
+    fine_tune: int = 0
+    conventions: dict[str, str] = field(default_factory=dict)
     commit: dict[str, Any]
     sources_sha256: list[str]
     versions: dict[str, str]
@@ -143,9 +148,11 @@ def read(path: Path) -> Record:
     if not isinstance(content, dict) or "schema" not in content:
         raise RecordError(f"{path} is JSON, but no record: it has no 'schema'. {cure}")
     schema = content.pop("schema")
-    if schema != SCHEMA:
-        raise RecordError(f"{path} has schema {schema!r}; this version of halfbyte reads schema {SCHEMA}.")
+    if schema not in _READABLE:
+        raise RecordError(f"{path} has schema {schema!r}; this version of halfbyte reads schema 1 and 2.")
     known = {part.name for part in dataclasses.fields(Record)}
+    if schema == 1:
+        known -= {"fine_tune", "conventions"}
     missing, foreign = sorted(known - content.keys()), sorted(content.keys() - known)
     if missing or foreign:
         raise RecordError(

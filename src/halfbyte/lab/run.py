@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import recipes
 from ..errors import HalfbyteError
-from . import tasks
+from . import phases, tasks
 
 __all__ = ["RECORD_NAME", "DivergedError", "Interrupted", "Progress", "Run", "Step"]
 
@@ -46,6 +46,7 @@ class Run:
         seed: of the initial weights and of the order of the data.
         size: name of the preset.
         model: name of the network; empty for the task's default.
+        fine_tune: epochs in high precision after the ordinary ones, see `halfbyte.lab.phases`.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Run:
     seed: int
     size: str = "cpu"
     model: str = ""
+    fine_tune: int = 0
 
     def __post_init__(self) -> None:
         task = tasks.get(self.task)
@@ -61,22 +63,33 @@ class Run:
         object.__setattr__(self, "model", task.model_named(self.model or None))
         if self.seed < 0:
             raise HalfbyteError(f"seed={self.seed} was asked for; a seed is 0 or more.")
+        if self.fine_tune < 0:
+            raise HalfbyteError(
+                f"fine_tune={self.fine_tune} was asked for; it is a number of epochs that follow, 0 or more."
+            )
 
     @property
     def name(self) -> str:
-        """A name for its folder, for example ``digits-cnn-cpu-ibm2020-seed0``."""
-        return f"{self.task}-{self.model}-{self.size}-{self.recipe}-seed{self.seed}"
+        """A name for its folder: ``digits-cnn-cpu-luq-seed0``, or ``digits-cnn-cpu-luq-ft2-seed0`` with fine-tuning."""
+        tuned = f"-ft{self.fine_tune}" if self.fine_tune else ""
+        return f"{self.task}-{self.model}-{self.size}-{self.recipe}{tuned}-seed{self.seed}"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be this run's: names, settings and the recipe's whole text."""
-        settings = dataclasses.asdict(tasks.get(self.task).settings(self.size))
-        return {**dataclasses.asdict(self), "settings": settings, "recipe_text": str(recipes.get(self.recipe))}
+        """What must be equal for a checkpoint to be this run's: names, settings, the recipe and its conventions."""
+        recipe = recipes.get(self.recipe)
+        return {
+            **dataclasses.asdict(self),
+            "settings": dataclasses.asdict(tasks.get(self.task).settings(self.size)),
+            "recipe_text": str(recipe),
+            "conventions": phases.conventions(recipe, fine_tune=self.fine_tune),
+        }
 
     def command(self, *extra: str) -> list[str]:
         """The command line that makes this run, argument by argument."""
         words = ["halfbyte", "train", self.task, "--recipe", self.recipe, "--seed", str(self.seed)]
-        return [*words, "--size", self.size, "--model", self.model, *extra]
+        tuned = ["--fine-tune", str(self.fine_tune)] if self.fine_tune else []
+        return [*words, "--size", self.size, "--model", self.model, *tuned, *extra]
 
 
 @dataclass(frozen=True, kw_only=True)

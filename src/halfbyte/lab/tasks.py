@@ -27,6 +27,8 @@ __all__ = ["TASKS", "Settings", "Task", "get"]
 class Settings:
     """How long and how fast to learn. The learning rate falls from its peak to zero along half a cosine.
 
+    Fine-tuning epochs, where a run asks for them, come on top and have their own learning rate, see `phases`.
+
     Attributes:
         epochs: passes over the training data.
         batch_size: examples in a step.

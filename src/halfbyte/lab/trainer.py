@@ -1,7 +1,8 @@
 """One run: a task, a recipe, a seed; the same bits every time.
 
 The loop is an ordinary PyTorch loop through Lightning Fabric, which brings the device and the checkpoint. Nothing in it
-depends on the recipe: weights, order of the data, optimizer and learning rate are those of the seed and the task.
+depends on the recipe: weights, order of the data, optimizer and learning rate are those of the seed and the task. Where
+fine-tuning is asked for, it follows as a second phase with its own formats, optimizer and learning rate (`phases`).
 
 Same seed, same bits holds on one machine with one number of threads. It holds across interruptions too: Ctrl-C (or
 SIGTERM) writes a checkpoint at the batch that it met, a kill loses what came after the last epoch, and the resumed run
@@ -17,7 +18,8 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,18 +27,16 @@ from typing import Literal
 import torch
 from lightning_fabric import Fabric
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from .. import recipes
-from ..convert import convert, summary
+from ..convert import summary
 from ..errors import HalfbyteError
-from . import checkpoint, record, tasks
+from . import checkpoint, phases, record, tasks
 from .data.split import Split, batches, count_batches
-from .guard import reproducible, signals
+from .guard import reproducible, signals, weighing
 from .record import Record
 from .run import RECORD_NAME, DivergedError, Interrupted, Progress, Run, Step
-from .tasks import Settings, Task
+from .tasks import Task
 
 __all__ = ["train"]
 
@@ -59,6 +59,8 @@ class _Position:
     saved_bytes: int = 0
     sources: list[str] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    layers: list[str] = field(default_factory=list)  # Of ordinary training, once fine-tuning has begun.
+    nonfinite: dict[str, int] = field(default_factory=dict)
 
 
 def train(
@@ -68,6 +70,7 @@ def train(
     *,
     size: str = "cpu",
     model: str | None = None,
+    fine_tune: int = 0,
     out_dir: Path | None = None,
     resume: Path | None = None,
     accelerator: str = "cpu",
@@ -82,6 +85,7 @@ def train(
         seed: of the initial weights and of the order of the data; the same for every recipe.
         size: a preset of the task: ``smoke``, ``cpu`` or ``full``.
         model: a network of the task; None for its default.
+        fine_tune: epochs in high precision after the ordinary ones, see `halfbyte.lab.phases`.
         out_dir: folder for the checkpoint and ``record.json``; None keeps nothing on the disk.
         resume: folder of an interrupted run that goes on there. A finished one is returned as it is.
         accelerator: Lightning Fabric's name of the device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
@@ -99,7 +103,7 @@ def train(
         DivergedError: if the loss stops being a finite number.
         Interrupted: on Ctrl-C or SIGTERM, after the checkpoint is written.
     """
-    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "")
+    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune)
     if out_dir is not None and resume is not None:
         raise HalfbyteError(
             f"Both out_dir={out_dir} and resume={resume} were given; a resumed run stays in its folder."
@@ -160,21 +164,29 @@ class _Loop:
         self.settings = self.task.settings(run.size)
         self.data: Split = self.task.load().to(fabric.device)
         # The seed was set just before: the weights depend on it alone, because conversion keeps them.
-        self.plain: nn.Module = convert(self.task.models[run.model](), recipes.get(run.recipe))
-        optimizer = _optimizer(self.plain, self.settings)
+        self.plain: nn.Module = phases.prepare(self.task.models[run.model](), recipes.get(run.recipe), run.seed)
         self.batches_per_epoch = count_batches(len(self.data.train_inputs), self.settings.batch_size)
-        self.total = self.batches_per_epoch * self.settings.epochs
-        # A rate per batch, in closed form: it depends on the count of batches and on nothing that was computed before.
-        self.schedule = LambdaLR(optimizer, lambda done: 0.5 * (1 + math.cos(math.pi * done / self.total)))
-        self.network, self.optimizer = fabric.setup(self.plain, optimizer)
+        self.epochs = self.settings.epochs + run.fine_tune
+        self._equip(phases.cosine, self.settings.epochs)
         curves: dict[str, list[float]] = {"train_loss": [], f"train_{self.task.metric}": [], "test_loss": []}
         curves[f"test_{self.task.metric}"] = []
         self.position = _Position(curves=curves, threads=torch.get_num_threads(), sources=[record.source_sha256()])
 
+    def _equip(self, shape: Callable[[int, int], float], epochs: int) -> None:
+        """A phase's optimizer and learning rates."""
+        optimizer = phases.optimizer(self.plain, self.settings)
+        self.schedule = phases.schedule(optimizer, shape, epochs * self.batches_per_epoch)
+        self.network, self.optimizer = self.fabric.setup(self.plain, optimizer)
+
+    def _fine_tune(self) -> None:
+        """Goes over from ordinary training to fine-tuning."""
+        self.plain = phases.switch(self.plain, recipes.get(self.run.recipe), self.run.seed)
+        self._equip(phases.triangle, self.run.fine_tune)
+
     def steps(self) -> Iterator[Step]:
         """Trains to the end; yields after every batch, and closes each epoch with an evaluation and a checkpoint."""
         at = self.position
-        while at.epoch < self.settings.epochs:
+        while at.epoch < self.epochs:
             data = batches(
                 self.data.train_inputs,
                 self.data.train_targets,
@@ -196,8 +208,10 @@ class _Loop:
         started = time.perf_counter()
         at = self.position
         self.network.train()
-        with self._weighing():
+        with contextlib.ExitStack() as scales:
+            kept_bytes = [] if at.samples else scales.enter_context(weighing(self.plain))
             output = self.network(inputs)
+        at.saved_bytes += sum(kept_bytes)
         loss = self.task.loss(output, targets)
         loss_value = float(loss.detach())
         self._demand_finite(loss_value, "training")
@@ -212,40 +226,22 @@ class _Loop:
         at.batch += 1
         at.train_seconds += time.perf_counter() - started
 
-    @contextlib.contextmanager
-    def _weighing(self) -> Iterator[None]:
-        """Counts, at the first batch of a run, the bytes that the network keeps for backward; parameters excluded."""
-        if self.position.samples:
-            yield
-            return
-        kept: list[torch.Tensor] = []
-
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            kept.append(x.detach())  # Detached: a node that held its own output would never be freed.
-            return kept[-1]
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            yield
-        own = {p.untyped_storage().data_ptr() for p in self.plain.parameters()}
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-        self.position.saved_bytes = sum(nbytes for at, nbytes in storages.items() if at not in own)
-
     def _step(self) -> Step:
         """The news after a batch."""
         at = self.position
         return Step(
             run=self.run,
             done=at.epoch * self.batches_per_epoch + at.batch,
-            total=self.total,
+            total=self.epochs * self.batches_per_epoch,
             epoch=at.epoch + 1,
-            epochs=self.settings.epochs,
+            epochs=self.epochs,
             loss=at.loss_sum / at.count,
             score=self.task.summarize(at.score_sum, at.count),
             samples_per_s=at.samples / at.train_seconds,
         )
 
     def _close_epoch(self) -> None:
-        """Evaluates, adds a point to every curve, moves to the next epoch and saves."""
+        """Evaluates, adds a point to every curve, moves to the next epoch, perhaps to the next phase, and saves."""
         at, metric = self.position, self.task.metric
         started = time.perf_counter()
         test_loss, test_score = self._evaluate()
@@ -257,6 +253,10 @@ class _Loop:
         at.epoch += 1
         at.batch = at.count = 0
         at.loss_sum = at.score_sum = 0.0
+        if self.run.fine_tune and at.epoch == self.settings.epochs:
+            at.layers, broken = str(summary(self.plain)).splitlines(), Counter(_nonfinite(self.plain))
+            self._fine_tune()
+            at.nonfinite = dict(broken - Counter(_nonfinite(self.plain)))  # The weights' quantizers count on.
         if self.folder is not None:
             self.save()
 
@@ -305,10 +305,12 @@ class _Loop:
         assert self.folder is not None
         state = checkpoint.load(self.fabric, self.folder, self.run.identity)
         try:
+            self.position = _Position(**state["position"])
+            if self.run.fine_tune and self.position.epoch >= self.settings.epochs:
+                self._fine_tune()
             self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            self.position = _Position(**state["position"])
             torch.set_rng_state(state["generator"])
             if state["generator_cuda"] is not None and self.fabric.device.type == "cuda":
                 torch.cuda.set_rng_state(state["generator_cuda"], self.fabric.device)
@@ -335,6 +337,7 @@ class _Loop:
     def record(self, accelerator: str) -> Record:
         """The result, once every epoch is done."""
         at, task, run = self.position, self.task, self.run
+        layers = str(summary(self.plain)).splitlines()
         return Record(
             task=run.task,
             recipe=run.recipe,
@@ -352,21 +355,15 @@ class _Loop:
             seconds=at.train_seconds + at.test_seconds,
             samples_per_s=at.samples / at.train_seconds,
             saved_bytes=at.saved_bytes,
-            layers=str(summary(self.plain)).splitlines(),
-            nonfinite=_nonfinite(self.plain),
+            layers=[*at.layers, "fine-tuning:", *layers] if at.layers else layers,
+            nonfinite=dict(Counter(at.nonfinite) + Counter(_nonfinite(self.plain))),
+            fine_tune=run.fine_tune,
+            conventions=run.identity["conventions"],
             commit=record.commit(),
             sources_sha256=at.sources,
             versions=record.versions(),
             machine=record.machine(accelerator),
         )
-
-
-def _optimizer(network: nn.Module, settings: Settings) -> Optimizer:
-    """The optimizer that the settings name, over every parameter."""
-    rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimizer == "adam":
-        return Adam(network.parameters(), lr=rate, weight_decay=decay)
-    return SGD(network.parameters(), lr=rate, momentum=settings.momentum, weight_decay=decay)
 
 
 def _nonfinite(network: nn.Module) -> dict[str, int]:

@@ -123,7 +123,9 @@ class _BitSplitQuantizer(Quantizer):
         lies = use.geometry.reduction_view("dgrad", 0)
         sizes = tuple(length if d == lies.axis else 1 for d, length in enumerate(lies.shape))
         blocks = Blocks(lies.shape, sizes, None)
-        score = torch.stack([t.reshape(lies.shape).square().sum(lies.axis, keepdim=True).sqrt() for t in (upper, lower)])
+        score = torch.stack(
+            [t.reshape(lies.shape).square().sum(lies.axis, keepdim=True).sqrt() for t in (upper, lower)]
+        )
         if use.gemm == "wgrad" and use.partner is not None:
             given = use.partner.dequantize(torch.float64) if isinstance(use.partner, QTensor) else use.partner.double()
             norms = use.geometry.sum_over("fprop", 0, given.square()).expand(use.geometry.output_shape)

@@ -48,7 +48,9 @@ def _slot(name: str, slot: object, gemms: Gemms) -> Iterator[str]:
         return
     if isinstance(slot, Reuse):
         source = _source(name, gemms)
-        if isinstance(source, Spec) and source.along_reduction:
+        gradient = gemms.dgrad.grad_output if name == "dgrad.weight" else gemms.wgrad.grad_output
+        # Only two operands with scales have to agree on where their blocks lie.
+        if isinstance(source, Spec) and source.along_reduction and gradient is not None:
             yield (
                 f"{given}; the blocks of {source} run along fprop's reduction: give {name} a spec of its own, "
                 "Requantize, or square blocks"
@@ -97,8 +99,8 @@ def _transform(gemm: Gemm, gemms: Gemms) -> Iterator[str]:
     backward = {"dgrad": gemms.dgrad.weight, "wgrad": gemms.wgrad.input}
     if gemm == "fprop":
         kept = all(isinstance(slot, Reuse | Requantize) for slot in backward.values())
-        if not (kept and all(gemms.operands("fprop"))):
-            yield f"{given}; both operands of fprop need a spec then, and backward slots REUSE or Requantize"
+        if not kept:
+            yield f"{given}; backward slots hold REUSE or Requantize then, because fprop's codes are rotated"
         if transform.signs == "random":
             yield f"{given}; random signs are for dgrad and wgrad, because evaluation must not depend on a draw"
         return

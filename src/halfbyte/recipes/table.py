@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ..errors import UnknownNameError
@@ -13,7 +11,7 @@ from .followers import FOLLOWERS
 from .schema import Recipe, Rule
 from .slots import Dgrad, Fprop, Wgrad
 
-__all__ = ["RECIPES", "fine_tuning", "get"]
+__all__ = ["RECIPES", "get"]
 
 
 _SUN = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
@@ -139,24 +137,3 @@ def get(recipe: str | Recipe) -> Recipe:
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise UnknownNameError("recipe", str(recipe), RECIPES)
     return RECIPES[recipe]
-
-
-def fine_tuning(recipe: Recipe) -> Recipe:
-    """The recipe for a last phase in high precision: only the weights keep their format.
-
-    LUQ ends a run like this (Chmiel et al., arXiv 2112.10769, section 4.2), so that what was learned from noisy
-    gradients settles, while the network that comes out still has 4-bit weights.
-
-    Args:
-        recipe: any; one without a quantized weight is left without quantizers.
-    """
-    return replace(
-        recipe,
-        name=f"{recipe.name}_fine_tuning",
-        description=f"{recipe.name} with the weights' format alone.",
-        fprop=Fprop(weight=recipe.fprop.weight),
-        dgrad=Dgrad(),
-        wgrad=Wgrad(),
-        grad_scale=None,
-        accumulate="exact",
-    )

@@ -1,0 +1,149 @@
+"""The phases of a run: ordinary training and, where it is asked for, fine-tuning in high precision.
+
+Fine-tuning is how LUQ closes its last gap (Chmiel et al., Accurate Neural Training with 4-bit Matrix Multiplications at
+Standard Formats, ICLR 2023, FNT): for the last epochs activations and gradients are in high precision, the weights stay
+in four bits, and the learning rate climbs a straight line and comes down another. Any recipe can be given this phase.
+One that quantizes nothing gets the same epochs and the same learning rate and keeps its formats, so that a comparison
+compares nothing but formats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..convert import convert, restore
+from ..ops import Plan
+from ..quantizers import Quantizer
+from ..recipes import Dgrad, Fprop, Recipe, Rule, Wgrad, get
+from .tasks import Settings
+
+__all__ = ["PEAK", "conventions", "cosine", "fine_tuning", "optimizer", "prepare", "schedule", "switch", "triangle"]
+
+PEAK = 0.1
+"""The tip of the triangle as a share of the settings' learning rate. The paper gives the shape and no number for it."""
+
+
+def fine_tuning(recipe: Recipe) -> Recipe:
+    """The recipe of the fine-tuning phase: weights as they were, everything else in floating point.
+
+    dgrad multiplies by the weight's codes of fprop, so that the gradient is that of the network as it computes.
+
+    Args:
+        recipe: that of ordinary training.
+
+    Returns:
+        Its name with ``_fine_tuning`` at the end; the recipe itself where no slot holds a spec.
+    """
+    if recipe.in_floating_point:
+        return recipe
+    rules = tuple(dataclasses.replace(rule, recipe=_of_rule(rule)) for rule in recipe.rules)
+    # A rotation that the weights' codes are in belongs to the codes.
+    fprop = dataclasses.replace(recipe.fprop, input=None) if recipe.fprop.weight is not None else Fprop()
+    return Recipe(
+        name=f"{recipe.name}_fine_tuning",
+        description=f"The weights of {recipe.name}; activations and gradients in floating point.",
+        source="Chmiel et al., ICLR 2023, FNT",
+        fprop=fprop,
+        dgrad=Dgrad(),
+        wgrad=Wgrad(),
+        rules=rules,
+    )
+
+
+def _of_rule(rule: Rule) -> str | Recipe:
+    """What a rule names, in the fine-tuning phase."""
+    return rule.recipe if get(rule.recipe).in_floating_point else fine_tuning(get(rule.recipe))
+
+
+def conventions(recipe: Recipe, *, fine_tune: int) -> dict[str, str]:
+    """Every numerical convention of every recipe that may have a part in a run, by the recipe's name.
+
+    Args:
+        recipe: that of the run; those that its rules name are included.
+        fine_tune: epochs of fine-tuning; if any, the recipes of that phase are included.
+    """
+    own = [recipe, *(get(rule.recipe) for rule in recipe.rules)]
+    phases = own if fine_tune == 0 else [*own, *(fine_tuning(r) for r in own)]
+    return {r.name: r.conventions for r in phases}
+
+
+def cosine(done: int, total: int) -> float:
+    """Ordinary training's share of the learning rate: from 1 to 0 along half a cosine.
+
+    In closed form: it depends on the count of batches and on nothing that was computed before.
+    """
+    return 0.5 * (1 + math.cos(math.pi * done / total))
+
+
+def triangle(done: int, total: int) -> float:
+    """Fine-tuning's share of the learning rate: up to `PEAK` and down again, the same at both ends, never 0.
+
+    Of T batches, number k (from 0) gets ``PEAK (1 - |2k + 1 - T| / T)``.
+    """
+    return PEAK * (1 - abs(2 * done + 1 - total) / total)
+
+
+def optimizer(network: nn.Module, settings: Settings) -> Optimizer:
+    """The optimizer that the settings name, over every parameter, with fresh state."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adam":
+        return Adam(network.parameters(), lr=rate, weight_decay=decay)
+    return SGD(network.parameters(), lr=rate, momentum=settings.momentum, weight_decay=decay)
+
+
+def schedule(stepped: Optimizer, shape: Callable[[int, int], float], total: int) -> LambdaLR:
+    """A learning rate a batch.
+
+    Args:
+        stepped: the optimizer.
+        shape: `cosine` or `triangle`.
+        total: batches in the phase.
+    """
+    return LambdaLR(stepped, lambda done: shape(done, total))
+
+
+def prepare(model: nn.Module, recipe: Recipe, seed: int) -> nn.Module:
+    """Converts a model in place.
+
+    Args:
+        model: as its task makes it.
+        recipe: its numerics.
+        seed: of the run. Only a recipe that draws random numbers gets it; `halfbyte.convert` refuses one without a use.
+    """
+    return convert(model, recipe, seed=seed if recipe.random else None)
+
+
+def switch(model: nn.Module, recipe: Recipe, seed: int) -> nn.Module:
+    """Takes a model from ordinary training to fine-tuning, in place.
+
+    Parameters stay the same objects with the same bits. What the weights' quantizers have learned or measured stays,
+    and so does each layer's count of steps; the other quantizers' state is dropped.
+
+    Args:
+        model: as `prepare` left it, trained or not.
+        recipe: that of ordinary training.
+        seed: of the run.
+    """
+    next_recipe = fine_tuning(recipe)
+    if next_recipe is recipe:
+        return model
+    before = _plans(model)
+    restore(model)
+    prepare(model, next_recipe, seed)
+    for name, plan in _plans(model).items():
+        plan.step.copy_(before[name].step)
+        old, new = before[name].weight, plan.weight
+        if isinstance(old, Quantizer) and isinstance(new, Quantizer):
+            new.load_state_dict(old.state_dict())
+    return model
+
+
+def _plans(model: nn.Module) -> dict[str, Plan]:
+    """The plans in a model by their names in it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Plan)}
