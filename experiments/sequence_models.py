@@ -22,6 +22,7 @@ loss_scale, radix2_130 and radix2_121.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import math
 import sys
@@ -48,6 +49,12 @@ SETTINGS = {
 }
 TEST_WINDOWS = 512
 LEFT_OUT = ("ibm2020_1x1_fp8", "ibm2020_bottom_1x1_fp8")
+
+
+@functools.cache
+def commit() -> dict[str, object]:
+    """The revision of the code that runs: asked once, at the start, because the folder may move on meanwhile."""
+    return record.commit()
 
 
 def load(folder: Path) -> tuple[Tensor, Tensor, int]:
@@ -156,7 +163,7 @@ def run(kind: str, recipe: hb.Recipe, seed: int, data: tuple[Tensor, Tensor, int
         saved_bytes=saved_bytes,
         layers=str(hb.summary(model)).splitlines(),
         conventions=conventions(recipe, fine_tune=0),
-        commit=record.commit(),
+        commit=commit(),
         sources_sha256=[record.source_sha256()],
         versions=record.versions(),
         machine=record.machine(),
@@ -187,6 +194,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     names = list(hb.RECIPES) if arguments.recipes == "all" else arguments.recipes.split(",")
+    commit(), record.source_sha256()  # both remember
     data = load(arguments.data_dir)
     diverged = False
     for kind in arguments.models.split(","):

@@ -411,6 +411,8 @@ def eden_parts(x, group=128):
     groups = (z * z).sum(-1), (z * q).sum(-1)
     upper, lower = (papers.blocks(g, group // 16).sum(-1) for g in groups)
     factor = np.repeat(upper / lower, group // 16, -1)[..., : block_scale.shape[-1]]
+    whole = x.shape[-1] // group * (group // 16)  # a rotation cuts the rest into smaller pieces: each block by itself
+    factor[..., whole:] = groups[0][..., whole:] / groups[1][..., whole:]
     return scale, block_scale, z, factor
 
 

@@ -73,7 +73,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         combined = {"SUM": x + other, "MIN": torch.minimum(x, other), "MAX": torch.maximum(x, other)}
         x.copy_(combined[str(how).rpartition(".")[2]])
 
-    monkeypatch.setattr(distributed, "_ranks", lambda: 2)
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     return others
 

@@ -363,3 +363,20 @@ def test_what_one_wgrad_cannot_sum_is_refused_at_conversion() -> None:
     with pytest.raises(ConversionError, match=r"hh_l0.*zero point.*blocks"):
         everywhere(layer("GRU"), recipe)
     everywhere(nn.Linear(4, 5), recipe)
+
+
+def test_a_walk_through_part_of_the_graph_leaves_nothing_behind():
+    """After a gradient of the first state alone, the weight's gradient is what it would have been without that."""
+    found = []
+    for partial in (False, True):
+        torch.manual_seed(0)
+        weight = torch.randn(6, 6, requires_grad=True)
+        sequence = hb.ops.Recurrence(weight, hb.ops.Plan(hb.RECIPES["fp8"]))
+        first = torch.rand(3, 6, requires_grad=True)
+        outs = [sequence(first)]
+        for _ in range(2):
+            outs.append(sequence(outs[-1].tanh()))
+        if partial:
+            torch.autograd.grad(outs[2].sum(), first, retain_graph=True)
+        found.append(torch.autograd.grad(outs[0].sum(), weight)[0])
+    assert torch.equal(*found)

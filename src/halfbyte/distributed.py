@@ -10,21 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["least_of_ranks", "mean_of_ranks", "most_of_ranks", "rank", "sum_of_ranks"]
+__all__ = ["least_of_ranks", "mean_of_ranks", "most_of_ranks", "rank", "ranks", "sum_of_ranks"]
 
 
-def _ranks() -> int:
+def ranks() -> int:
     """How many processes train together; 1 outside a distributed run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this process; 0 outside a distributed run."""
-    return dist.get_rank() if _ranks() > 1 else 0
+    return dist.get_rank() if ranks() > 1 else 0
 
 
 def _reduced(x: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
-    if _ranks() == 1:
+    if ranks() == 1:
         return x
     with torch.no_grad():
         result = x.detach().clone()
@@ -39,7 +39,7 @@ def sum_of_ranks(x: Tensor) -> Tensor:
 
 def mean_of_ranks(x: Tensor) -> Tensor:
     """The mean over all ranks, elementwise."""
-    return sum_of_ranks(x) / _ranks() if _ranks() > 1 else x
+    return sum_of_ranks(x) / ranks() if ranks() > 1 else x
 
 
 def least_of_ranks(x: Tensor) -> Tensor:

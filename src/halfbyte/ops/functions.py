@@ -150,17 +150,17 @@ def matmul(a: Tensor, b: Tensor, plan: Plan) -> Tensor:
             f"matmul: shapes {tuple(a.shape)} and {tuple(b.shape)} were given; (B, M, K) and (B, N, K) are possible."
         )
     if plan.recipe.in_floating_point:
-        dtype = plan.recipe.dtype
-        return (a.to(dtype) @ b.to(dtype).mT).to(a.dtype)
+        return in_dtype(lambda x, w, _: x @ w.mT, plan, a, b, None)
     geometry = Batched(batch=a.shape[0], rows=a.shape[1], columns=b.shape[1], inner=a.shape[2])
     return _run(a, b, None, plan, geometry)
 
 
 def in_dtype(function: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    """The ordinary operation in the recipe's dtype, its result in the type of x."""
+    """The ordinary operation in the recipe's dtype, whatever autocast says, its result in that of x or autocast's."""
     dtype = plan.recipe.dtype
-    result: Tensor = function(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *args)
-    return result.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        result: Tensor = function(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *args)
+    return result.to(out_dtype(x))
 
 
 def is_abstract(*tensors: Tensor) -> bool:

@@ -63,6 +63,7 @@ class Pass:
         observe: whether state may move.
         step: the number of the pass; int64 of shape ().
         time: the number of the step in a sequence, for a recurrent layer.
+        graph: whether there can be a backward pass.
     """
 
     plan: Plan
@@ -70,17 +71,18 @@ class Pass:
     observe: bool
     step: Tensor
     time: int = 0
+    graph: bool = True
     _signs: dict[Gemm, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def start(cls, plan: Plan, geometry: Geometry, weight: Tensor) -> Pass:
         """Begins a forward pass."""
         observe = plan.begin(weight)
-        return cls(plan, geometry, observe, plan.step.clone())
+        return cls(plan, geometry, observe, plan.step.clone(), graph=torch.is_grad_enabled())
 
     def at(self, geometry: Geometry, time: int) -> Pass:
         """The same pass for one step of a sequence, or for all of them together."""
-        return Pass(self.plan, geometry, self.observe, self.step, time, self._signs)
+        return Pass(self.plan, geometry, self.observe, self.step, time, self.graph, self._signs)
 
     def inside(self) -> AbstractContextManager[object]:
         """The watcher's, around what the layer computes."""
@@ -102,7 +104,9 @@ class Pass:
         turn = transform.rotate_back if back else transform.rotate
         return turn(x, self.geometry.reduction_view(gemm, operand), self._signs[gemm])
 
-    def encode(self, slot: str, x: Tensor, *, differentiable: bool = False) -> tuple[Operand, Saved]:
+    def encode(
+        self, slot: str, x: Tensor, *, differentiable: bool = False, forward: bool = True
+    ) -> tuple[Operand, Saved]:
         """A slot's operand of x, which may be x itself, and what its quantizer needs for its backward step."""
         gemm, operand = _PLACE[slot]
         turned = self.rotate(gemm, operand, x)
@@ -112,7 +116,8 @@ class Pass:
         saved: Saved = ()
         if quantizer is not None:
             use = self.use(slot, gemm, operand)
-            found, saved = quantizer.quantize(turned, observe=self.observe, differentiable=differentiable, use=use)
+            observe = self.observe and forward  # state stands still in a backward pass
+            found, saved = quantizer.quantize(turned, observe=observe, differentiable=differentiable, use=use)
         if self.plan.watcher is not None:
             self.plan.watcher.operand(self.plan, slot, turned, (found,))
         return found, saved
@@ -131,7 +136,7 @@ class Pass:
         if not isinstance(self.plan.recipe.slots[slot], Requantize):
             return kept
         assert isinstance(kept, QTensor)
-        return self.encode(slot, kept.dequantize())[0]
+        return self.encode(slot, kept.dequantize(), forward=False)[0]
 
     def gradients(self, grad: Tensor, partners: Mapping[Gemm, Operand | None]) -> dict[Gemm, Parts]:
         """grad_output for each GEMM named in `partners`, which holds the other operand of each."""

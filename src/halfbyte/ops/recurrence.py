@@ -95,15 +95,24 @@ class _Sequence:
         self.kept_weight: Operand
         self._taken: Operand | None = None
         self.collected: dict[int, tuple[Operand, Tensor]] = {}
+        self._walk = -1
 
     def shape(self, rows: int) -> Linear:
         """The GEMMs' shape for that many rows."""
         return Linear(rows=rows, in_features=self.in_features, out_features=self.out_features)
 
-    def dgrad_weight(self, run: Pass) -> Operand:
+    def lay_aside(self, time: int, given: Operand, grad: Tensor) -> None:
+        """Keeps a step's part of wgrad; what an earlier walk through the graph left behind is dropped."""
+        walk = torch._C._current_graph_task_id()
+        if walk != self._walk:
+            self.collected.clear()
+            self._walk = walk
+        self.collected[time] = given, grad
+
+    def dgrad_weight(self) -> Operand:
         """What every step's dgrad multiplies; made once."""
         if self._taken is None:
-            self._taken = run.take("weight", self.kept_weight)
+            self._taken = self.run.take("weight", self.kept_weight)
         return self._taken
 
     def wgrad(self) -> Tensor:
@@ -146,7 +155,7 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, learned: Tensor | None, sequence: _Sequence) -> Tensor:
         run, full = sequence.run, wide(weight)
-        need = any(ctx.needs_input_grad[:2])
+        need = run.graph and any(ctx.needs_input_grad[:2])
         with run.inside():
             codes, saved = run.encode("fprop.weight", full, differentiable=need)
             sequence.weight_codes = codes
@@ -173,6 +182,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, anchor: Tensor, learned: Tensor | None, run: Pass, sequence: _Sequence) -> Tensor:
         need_dgrad, need_wgrad = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[1]
+        need_dgrad, need_wgrad = run.graph and need_dgrad, run.graph and need_wgrad
         full = wide(h)
         with run.inside():
             hq, h_saved = run.encode("fprop.input", full, differentiable=need_dgrad)
@@ -200,11 +210,11 @@ class _Step(torch.autograd.Function):
         learned: Tensor | None = None
         with run.inside():
             if ctx.need[0]:
-                weight = sequence.dgrad_weight(run)
+                weight = sequence.dgrad_weight()
                 parts = run.gradients(grad, {"dgrad": weight})["dgrad"]
                 grad_h, learned = run.through("input", run.product("dgrad", parts, weight), hq, h_saved)
         if ctx.need[1]:
-            sequence.collected[run.time] = (kept, grad)
+            sequence.lay_aside(run.time, kept, grad)
         anchor = torch.zeros((), device=grad.device) if ctx.need[1] else None
         return None if grad_h is None else grad_h.to(ctx.dtype), anchor, learned, None, None
 

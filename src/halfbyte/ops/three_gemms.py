@@ -31,7 +31,7 @@ class ThreeGemms(torch.autograd.Function):
     ) -> Tensor:
         """The layer's output; the learned numbers are arguments so that autograd gives them their gradients."""
         need_x, need_w, _, need_x_learned, need_w_learned = ctx.needs_input_grad[:5]
-        need_dgrad, need_wgrad = need_x or need_x_learned, need_w or need_w_learned
+        need_dgrad, need_wgrad = run.graph and (need_x or need_x_learned), run.graph and (need_w or need_w_learned)
         wide_x, wide_w = wide(x), wide(weight)
         with run.inside():
             xq, x_saved = run.encode("fprop.input", wide_x, differentiable=need_dgrad)
@@ -81,6 +81,8 @@ class ThreeGemms(torch.autograd.Function):
 def out_dtype(x: Tensor) -> torch.dtype:
     """What a layer returns: autocast's type where that is on, else the type of its input."""
     kind = x.device.type
+    if x.dtype == torch.float64:
+        return x.dtype
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 

@@ -32,8 +32,9 @@ _ROUNDS = 30
 class BitSplit(Spec):
     """For grad_output slots: ``x = (14 * high + low) / s`` with ``s = 98 / amax``, two INT4 tensors.
 
-    ``high = rint(clamp(s x / 14, -6, 6))``; ``low`` is what is left, stochastically rounded within -6...6. Magnitudes
-    above 90/98 of the largest are cut, as in the authors' code, which makes the estimate biased there.
+    ``high = rint(clamp(s x / 14, -6, 6))``; ``low`` is what is left, stochastically rounded within -6...6. As in
+    the authors' code magnitudes above 90/98 of the largest are cut, and so is a residue between 6 and 7: there, about a
+    seventh of the range, the estimate is biased.
 
     Attributes:
         sampling: ``"leverage"`` keeps each row of either part with probability ``min(1, p)``, p proportional to the

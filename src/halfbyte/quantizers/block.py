@@ -102,7 +102,7 @@ class NVFP4(_Block):
     Attributes:
         rounding: ``"nearest"``; ``"stochastic"``; or ``"ms_eden"`` (Quartet II), which rounds codes to nearest and
             corrects the blocks' scales, rounded at random, so that the estimate is unbiased over the random signs of
-            the GEMM's `Hadamard`.
+            the GEMM's `Hadamard`, but for the last elements of a reduction that 16 does not divide.
         square: blocks of 16x16, so that a weight has the same codes in fprop and dgrad.
         four_over_six: of two scales for each block, which bring its largest magnitude to 6 or to 4, take the one with
             the smaller squared error (arXiv 2512.02010).
@@ -277,17 +277,28 @@ class _NvQuantizer(_BlockQuantizer):
         block_scale = _decoded(self._e4m3(amax / _EDEN_LARGEST / scale))
         block_scale = torch.where(block_scale == 0, 1.0, block_scale)
         scaled = x / blocks.spread(block_scale * scale)
-        sizes = tuple(_EDEN_GROUP if d == lies.axis else 1 for d in range(len(lies.shape)))
-        groups = Blocks(blocks.view, sizes, None)
         one = torch.ones((), dtype=torch.float32, device=x.device)
         rounded = QTensor(self.round(scaled, None), one, fp4_e2m1, torch.Size(blocks.view)).dequantize()
-        squares, products = (groups.split(scaled * t).sum(groups.places) for t in (scaled, rounded))
-        factor = torch.where(products > 0, squares / products, 1.0)
-        per_block = factor.repeat_interleave(_EDEN_GROUP // _NV_BLOCK, lies.axis)
-        corrected = block_scale * per_block.narrow(lies.axis, 0, block_scale.shape[lies.axis])
+        squares, products = (
+            _in_groups(blocks.split(scaled * t).sum(blocks.places), lies.axis, lies.shape[lies.axis])
+            for t in (scaled, rounded)
+        )
+        corrected = block_scale * torch.where(products > 0, squares / products, 1.0)
         noise = self.noise(corrected, use)
         codes = self.kernels.encode_stochastic(corrected, fp8_e4m3, inv_scale=one, noise=noise)
         return scaled, scale, codes.view(corrected.shape)
+
+
+def _in_groups(per_block: Tensor, axis: int, length: int) -> Tensor:
+    """Sums over the eight blocks of each whole group of 128, for each of them; the blocks left over stand alone.
+
+    A rotation cuts what 128 does not divide into smaller pieces, and a factor must not span two of them.
+    """
+    some = _EDEN_GROUP // _NV_BLOCK
+    whole = length // _EDEN_GROUP
+    head = per_block.narrow(axis, 0, whole * some).unflatten(axis, (whole, some)).sum(axis + 1)
+    tail = per_block.narrow(axis, whole * some, per_block.shape[axis] - whole * some)
+    return torch.cat((head.repeat_interleave(some, axis), tail), axis)
 
 
 def _last_dimension(x: Tensor) -> Reduction:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..distributed import ranks
 from ..errors import NonFiniteWarning, SpecError, UnsupportedError
 from ..formats import Format
 from ..kernels import Gemm, Geometry, Reduction
@@ -266,7 +267,7 @@ class Quantizer(NonFiniteCounter, abc.ABC):
             return
         first, now = self._first_value, self.learned.item()
         self._first_value = None
-        if abs(now - 1.0) < abs(now - first):
+        if ranks() > 1 and abs(now - 1.0) < 0.1 * abs(first - 1.0):
             raise UnsupportedError(
                 f"{self.spec}: the first batch set the learned number to {first:.4g}, but it is {now:.4g} again. Are "
                 "the parameters sharded (FSDP)? Run one training forward pass before fully_shard(), or load a "

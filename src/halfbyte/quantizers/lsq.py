@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..distributed import mean_of_ranks
+from ..distributed import least_of_ranks, mean_of_ranks, most_of_ranks
 from ..formats import Format, int4, int8
 from ..qtensor import QTensor, pack_bits, unpack_bits
 from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
@@ -78,11 +78,14 @@ class _LsqQuantizer(Quantizer):
         bottom, top = self._limits
         step = self.step.detach().reshape(()).float()
         if not self.ready:
+            if observe:
+                # All ranks decide alike. A broken tensor makes the mean below not finite on all of them.
+                least, most = least_of_ranks(low.nan_to_num()), most_of_ranks(high.nan_to_num())
             first = (2 * self.kernels.moments(x)[0] / math.sqrt(top) + 1e-10).float()
             first = mean_of_ranks(first) if observe else first
             step = torch.where(first.isfinite(), first, step)
             # A batch that is empty, all zero or broken decides nothing.
-            if observe and bool(first.isfinite() & (low < high)):
+            if observe and bool(first.isfinite() & (least < most)):
                 self.set_first(step)
                 self.ready.fill_(True)
         step = step.abs().clamp_min(torch.finfo(torch.float32).tiny)

@@ -121,14 +121,18 @@ class _PactQuantizer(Quantizer):
         ready, sign = self._state()
         clip = self.clip.detach().reshape(())
         settled = ready and sign >= 0
+        least, most = low, high
+        broken = self.kernels.has_nonfinite(low, high)
         if not settled and observe:
-            low, high = least_of_ranks(low), most_of_ranks(high)
+            # All ranks decide alike, and none of them from a batch that is broken on one.
+            least, most = least_of_ranks(low.nan_to_num()), most_of_ranks(high.nan_to_num())
+            broken = most_of_ranks(broken.int()).bool()
         # A batch that is empty, all zero or broken decides nothing.
-        usable = settled or bool(torch.isfinite(low.float()) & torch.isfinite(high.float()) & (low < high))
+        usable = settled or bool(~broken & (least < most))
         if sign < 0:
-            sign = int(low < 0) if usable else 0
+            sign = int(least < 0) if usable else 0
         if not ready and usable:
-            clip = _best_clip(x.detach(), low, high, self._levels(sign), signed=bool(sign)).to(clip.device)
+            clip = _best_clip(x.detach(), least, most, self._levels(sign), signed=bool(sign)).to(clip.device)
             clip = mean_of_ranks(clip) if observe else clip
         if observe and usable and self._settled is None:
             self.sign.fill_(sign)
@@ -136,7 +140,7 @@ class _PactQuantizer(Quantizer):
             self.ready.fill_(True)
             if self.spec.signed is None or self.spec.clip is None:
                 kind = "signed" if sign else "unsigned"
-                _log.info("first batch, range [%.4g, %.4g]: %s activation, clip %.4g", low, high, kind, clip)
+                _log.info("first batch, range [%.4g, %.4g]: %s activation, clip %.4g", least, most, kind, clip)
         if settled:
             self._watch_sign(low, sign)
         clip = clip.float().clamp_min(MIN_CLIP)
