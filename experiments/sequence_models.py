@@ -41,8 +41,6 @@ from halfbyte.lab.models.language import GPT, LSTMModel
 from halfbyte.lab.phases import conventions
 from halfbyte.lab.record import Record
 
-logging.getLogger("halfbyte").setLevel(logging.ERROR)
-
 SETTINGS = {
     "lstm": {"steps": 200, "batch_size": 32, "context": 32, "learning_rate": 2e-2, "clip_norm": 1.0},
     "gpt": {"steps": 250, "batch_size": 32, "context": 32, "learning_rate": 3e-3, "clip_norm": 1.0},
@@ -222,4 +220,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("halfbyte").setLevel(logging.ERROR)
     sys.exit(main())
