@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from halfbyte import LayerGradScale, distributed
+from halfbyte import LayerGradScale, Lsq, Pact, distributed
+from halfbyte.errors import NonFiniteWarning
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs a torch with gloo")
 
@@ -96,3 +97,30 @@ def test_a_first_exponent_is_the_least_of_the_ranks(two_ranks: list[Any]) -> Non
     two_ranks += [[4, 1], 0]
     state.advance(False)
     assert state.log2_scale == 4
+
+
+def test_a_batch_that_is_broken_on_another_rank_decides_no_clip(two_ranks: list[Any]) -> None:
+    """Where one rank's first batch holds a NaN no rank takes a clip from it, and the other's result stays a number."""
+    quantizer = Pact(signed=None).build()
+    two_ranks += [0.0, 1.0, 1]
+    found = quantizer.quantize(torch.rand(64), observe=True).q
+    assert not quantizer.ready
+    assert found.dequantize().isfinite().all()
+
+
+def test_a_nan_on_this_rank_stays_one(two_ranks: list[Any]) -> None:
+    """A NaN in the first batch makes this rank's result NaN, whatever range the ranks agree on."""
+    quantizer = Pact(signed=None).build()
+    two_ranks += [0.0, 1.0, 0]
+    with pytest.warns(NonFiniteWarning, match="NaN or infinity"):
+        found = quantizer.quantize(torch.tensor([0.5, float("nan")]), observe=True).q
+    assert found.dequantize().isnan().all()
+
+
+def test_a_step_waits_for_a_batch_that_some_rank_can_use(two_ranks: list[Any]) -> None:
+    """An all-zero first batch on this rank takes part in every collective, and the other rank's decides for both."""
+    quantizer = Lsq().build()
+    two_ranks += [-1.0, 1.0, 0.5]
+    quantizer.quantize(torch.zeros(64), observe=True)
+    assert quantizer.ready
+    assert not two_ranks

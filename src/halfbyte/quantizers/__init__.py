@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .bitsplit import BitSplit
 from .block import MXFP4, NVFP4
-from .contract import NonFiniteCounter, Quantized, Quantizer, Spec, Stateful, Use, in_backward, quantize
+from .contract import Quantized, Quantizer, Spec, Use, in_backward, quantize
 from .gradient import GradQuantizer, Parts
 from .grid import Grid, Nearest, Radix4, TwoPhase
 from .layer_scale import ExactGradScale, GradScaleSpec, GradScaleState, LayerGradScale, LossScale, vote
@@ -12,6 +12,7 @@ from .linear import AbsMax, MinMax, Sawb
 from .log import Luq
 from .lsq import Lsq
 from .pact import Pact
+from .state import NonFiniteCounter, Stateful
 from .transforms import Hadamard
 
 __all__ = [

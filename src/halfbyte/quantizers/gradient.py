@@ -15,9 +15,10 @@ from torch import Tensor
 from ..formats import Format, Phase
 from ..kernels import Gemm
 from ..qtensor import QTensor
-from .contract import NonFiniteCounter, Quantizer, Spec, Use
+from .contract import Quantizer, Spec, Use
 from .grid import Grid, power_of_two
 from .layer_scale import GradScaleState
+from .state import NonFiniteCounter
 
 __all__ = ["GradQuantizer", "Parts", "scale_limit"]
 

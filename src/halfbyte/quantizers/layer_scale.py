@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..distributed import least_of_ranks, most_of_ranks, sum_of_ranks
-from .contract import Stateful, require
+from .contract import require
 from .grid import largest_log2_scale, power_of_two
+from .state import Stateful
 
 __all__ = ["ExactGradScale", "GradScaleSpec", "GradScaleState", "LayerGradScale", "LossScale", "vote"]
 
