@@ -380,3 +380,19 @@ def test_a_walk_through_part_of_the_graph_leaves_nothing_behind():
             torch.autograd.grad(outs[2].sum(), first, retain_graph=True)
         found.append(torch.autograd.grad(outs[0].sum(), weight)[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"fprop": hb.Fprop(input=hb.NVFP4(square=True), weight=hb.Sawb())}, r"hh_l0.*a scale for each block"),
+        (
+            {"fprop": hb.Fprop(input=hb.Sawb(), weight=hb.Sawb()), "accumulate": "fp16_chunk64"},
+            r"hh_l0.*another scale at each step.*Pact",
+        ),
+    ],
+)
+def test_codes_that_steps_cannot_share_are_refused_at_conversion(fields, text):
+    """What could not be one operand of the wgrad of all steps is an error before anything has run."""
+    with pytest.raises(ConversionError, match=text):
+        hb.convert(layer("LSTM"), hb.Recipe(name="mine", **fields))

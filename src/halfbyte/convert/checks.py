@@ -114,6 +114,7 @@ def check_choice(site: Site, recipe: Recipe) -> None:
     affine = isinstance(recipe.fprop.input, Spec) and recipe.fprop.input.affine
     grad = recipe.wgrad.grad_output
     reused = affine and recipe.wgrad.input is REUSE
+    _check_steps(site, recipe)
     if site.unit.over_steps and reused and grad is not None and grad.along_reduction:
         raise ConversionError(
             f"Layer {site.shown}: {recipe.fprop.input} has a zero point of its own for each step, and {grad} has "
@@ -127,6 +128,24 @@ def check_choice(site: Site, recipe: Recipe) -> None:
                 f"Layer {site.shown} pads unevenly (padding='same' with an even kernel), and {recipe.fprop.input} "
                 "would take the padding's zeros for data. Pad in a layer of its own, or give it another recipe."
             )
+
+
+def _check_steps(site: Site, recipe: Recipe) -> None:
+    """Raises where the codes of all steps cannot be one operand of wgrad."""
+    spec = recipe.fprop.input
+    if not (site.unit.over_steps and isinstance(spec, Spec) and recipe.wgrad.input is REUSE):
+        return
+    cure = f"Give wgrad.input a spec of its own, or Requantize, or the layer Rule(fqn={site.fqn!r}, recipe='fp32')."
+    if spec.blocks:
+        raise ConversionError(
+            f"Layer {site.shown}: {spec} has a scale for each block, and wgrad reuses its codes, whose blocks would "
+            f"have to run over the steps. {cure}"
+        )
+    if recipe.accumulate == "fp16_chunk64" and not spec.learns:
+        raise ConversionError(
+            f"Layer {site.shown}: {spec} has another scale at each step, and accumulate='fp16_chunk64' needs one for "
+            "all products of a sum. Use a learned clip, Pact(...), or accumulate='exact'."
+        )
 
 
 def _problem(parameter: Tensor) -> str | None:

@@ -1,7 +1,8 @@
 """A layer's three GEMMs as differentiable functions under a `Plan`.
 
 A plan is a recipe's six slots with their quantizers' state. Between the forward and the backward pass an operation
-keeps packed codes, scales and, where a learned clip needs it, one bit an element; a floating slot keeps its tensor.
+keeps packed codes, scales and, where a clip needs it, one bit an element (a learned step one float); a floating slot
+keeps its tensor.
 """
 
 from __future__ import annotations
