@@ -345,6 +345,28 @@ def quantize(
     typer.echo(f"Original, quantized, error: {out}")
 
 
+@app.command()
+def info() -> None:
+    """Show what this installation computes with: versions, backends, instruction set, threads."""
+    import torch
+
+    from . import __version__
+    from .kernels import native, resolve
+
+    found = native.info()
+    typer.echo(f"halfbyte {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    typer.echo("backend reference: emulation in plain PyTorch, on any device")
+    if found.available:
+        choice = ", ".join(found.isas)
+        typer.echo(f"backend native: {found.isa} (possible here: {choice}), {found.threads} threads, {found.build}")
+        for name, what in native.HANDED_OVER.items():
+            typer.echo(f"  {name} goes to reference for {what}" if "always" not in what else f"  {name}: {what}")
+        typer.echo(f"  gemm goes to reference for {'; '.join(native.REFERENCE_CASES)}")
+    else:
+        typer.echo(f"backend native: absent. {found.problem}")
+    typer.echo(f"backend auto: {resolve('auto')}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 

@@ -70,7 +70,8 @@ def convert(
         model: any module; nothing is changed if an error is raised.
         recipe: a `Recipe` or the name of one in `RECIPES`.
         rules: asked first, in order.
-        backend: a name in `halfbyte.kernels.BACKENDS`; ``"reference"`` is emulation in plain PyTorch.
+        backend: ``"reference"`` is emulation in plain PyTorch; ``"native"`` computes on packed codes in compiled
+            integer code, to the same bits; ``"auto"`` is native where the compiled library is there, else reference.
         seed: for recipes that draw random numbers, and only for them; equal seeds give equal runs. None is 0.
 
     Returns:
@@ -78,11 +79,13 @@ def convert(
 
     Raises:
         UnknownNameError: if a recipe or backend has no such name.
+        UnsupportedError: if the backend is ``"native"`` and its library is absent.
         ConversionError: if a rule matches no layer, a layer that a rule names cannot be converted, the model has no
             layer to convert, is converted or wrapped already, or the recipe would leave every layer alone without
             being fp32.
     """
     chosen = get(recipe)
+    backend = kernels.resolve(backend)
     kernels.get(backend)
     check_model(model)
     sites = sites_of(model)

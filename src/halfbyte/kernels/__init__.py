@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UnknownNameError
 from ..formats import Format
 from ..qtensor import QTensor
-from . import reference
+from . import native, reference
 from .geometry import Batched, Conv, ConvTranspose, Gemm, Geometry, Linear, Reduction
 from .reference.gemm import Accumulate
 
@@ -31,6 +31,7 @@ __all__ = [
     "Linear",
     "Reduction",
     "get",
+    "resolve",
 ]
 
 
@@ -107,7 +108,14 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference}
+BACKENDS: dict[str, Backend] = {"reference": reference, "native": native}
+
+
+def resolve(name: str) -> str:
+    """The name itself; for ``"auto"`` that of the fastest backend that this machine has."""
+    if name != "auto":
+        return name
+    return "native" if native.available() else "reference"
 
 
 def get(name: str) -> Backend:
@@ -115,7 +123,10 @@ def get(name: str) -> Backend:
 
     Raises:
         UnknownNameError: if there is none.
+        UnsupportedError: if it is absent here; the text says why, and how to get it.
     """
     if name not in BACKENDS:
         raise UnknownNameError("backend", name, BACKENDS)
+    if name == "native":
+        native.require()
     return BACKENDS[name]

@@ -47,29 +47,41 @@ def has_nonfinite(low: Tensor, high: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The means of |x| and of x^2, float64 of shape (); 0 for an empty tensor."""
+    """The means of |x| and of x^2, float64 of shape (); 0 for an empty tensor. Summed as by `stable_sum`."""
     flat = x.detach().reshape(-1)
     n = flat.numel()
     scratch = torch.empty(min(n, PIECE), dtype=torch.float64, device=x.device)
     first, second = [], []
     for start in range(0, n, PIECE):
         wide = scratch[: min(n - start, PIECE)].copy_(flat[start : start + PIECE])
-        first.append(stable_sum(wide.abs_()))
-        second.append(stable_sum(wide.square_()))
+        first.append(_row_sums(wide.abs_()))
+        second.append(_row_sums(wide.square_()))
     if n == 0:
         zero = torch.zeros((), dtype=torch.float64, device=x.device)
         return zero, zero
-    return torch.stack(first).sum() / n, torch.stack(second).sum() / n
+    return stable_sum(torch.cat(first)) / n, stable_sum(torch.cat(second)) / n
 
 
 def stable_sum(x: Tensor) -> Tensor:
-    """The sum of a tensor of shape (n,) in float64, the same for any number of threads.
+    """The sum of a tensor of shape (n,) in float64, with the same bits on any machine and any number of threads.
 
-    Rows of fixed length are summed first, each by one thread; the few row sums that are left fit one thread too.
+    Rows of fixed length are summed first, then rows of the rows' sums, until one is left. A row is folded in halves:
+    additions of whole tensors have one order, which `Tensor.sum` chooses by the processor.
     """
-    whole = x.numel() // _ROW * _ROW
-    wide = x.double()
-    return wide[:whole].view(-1, _ROW).sum(1).sum() + wide[whole:].view(1, -1).sum(1).sum()
+    sums = x.double()
+    while sums.numel() > 1:
+        sums = _row_sums(sums)
+    return sums.sum()
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """The sum of each stretch of 4096 numbers, the last one filled up with zeros; float64 of shape (rows,)."""
+    short = -x.numel() % _ROW
+    rows = (torch.nn.functional.pad(x, (0, short)) if short else x).view(-1, _ROW)
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    return rows.reshape(-1)
 
 
 def encode(

@@ -78,7 +78,7 @@ def _on_codes(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, accumulat
     elif a.zero_point is None and b.zero_point is None:
         total = _rounded(_products(which, a, b, geometry), _bound(which, a, b, geometry))
     else:
-        total = _centered(which, a, b, geometry).float()
+        total = centered(which, a, b, geometry, accumulators(which, a, b, geometry)).float()
     return total.mul_(output_scale(a, b))
 
 
@@ -222,13 +222,12 @@ def _rounded(products: list[tuple[int, Tensor]], bound: int) -> Tensor:
     return wide.float()
 
 
-def _centered(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
-    """Sum of (a - z_a)(b - z_b) in float64, from exact integer sums.
+def centered(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, total: Tensor) -> Tensor:
+    """Sum of (a - z_a)(b - z_b) in float64, from exact integer sums: `total`, from `accumulators`; overwritten.
 
     The product is bilinear, so with S the product of the integers, A and B the sums of either operand over the other's
     ones, and n the number of products, it is S - z_b A - z_a B + z_a z_b n. Padding contributes to none of them.
     """
-    total = accumulators(which, a, b, geometry)
     if b.zero_point is not None:
         total -= b.zero_point * _sum_over(which, 0, a, geometry)
     if a.zero_point is not None:

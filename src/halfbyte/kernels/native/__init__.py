@@ -1,0 +1,42 @@
+"""The native backend: the functions of `halfbyte.kernels.Backend` in compiled code, equal to `reference` bit for bit.
+
+It computes on packed codes in integers. What it has no kernel for it hands to `reference`; `HANDED_OVER` lists that.
+"""
+
+from __future__ import annotations
+
+from ..reference import has_nonfinite
+from .clip import clip_backward, clip_bits, encode_clipped
+from .common import HANDED_OVER
+from .encode import encode, encode_each, encode_each_with_range
+from .gemm import REFERENCE_CASES, accumulators, gemm
+from .library import Info, available, force_isa, info, isas, require, why_not
+from .stochastic import encode_drawn, encode_stochastic, uniform
+from .sums import moments, stable_sum, value_range
+
+__all__ = [
+    "HANDED_OVER",
+    "REFERENCE_CASES",
+    "Info",
+    "accumulators",
+    "available",
+    "clip_backward",
+    "clip_bits",
+    "encode",
+    "encode_clipped",
+    "encode_drawn",
+    "encode_each",
+    "encode_each_with_range",
+    "encode_stochastic",
+    "force_isa",
+    "gemm",
+    "has_nonfinite",
+    "info",
+    "isas",
+    "moments",
+    "require",
+    "stable_sum",
+    "uniform",
+    "value_range",
+    "why_not",
+]

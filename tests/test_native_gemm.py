@@ -1,0 +1,252 @@
+"""The native GEMMs: the sums and results of the reference, bit for bit, on each instruction set of this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte import formats
+from halfbyte.formats import Format
+from halfbyte.kernels import Batched, ConvTranspose, Geometry, Linear, native, reference
+from halfbyte.kernels.native.library import library
+from halfbyte.qtensor import QTensor, pack
+from shapes import GEMMS, GEOMETRIES, conv, operand_shapes
+
+native_gemm = importlib.import_module("halfbyte.kernels.native.gemm")  # the package's `gemm` is the function
+
+R4, R4_ODD = formats.fp4_e3m0_r4, formats.fp4_e3m0_r4_odd
+NARROW = [formats.int4, formats.uint4]
+PAIRS = [
+    *itertools.product([formats.int4, formats.uint4, formats.int8], NARROW),
+    *itertools.product([R4, R4_ODD, formats.fp4_e3m0, formats.fp4_e2m1], NARROW),
+    *itertools.product(NARROW, [R4]),
+    (formats.int8, formats.int8),
+    (formats.integer(8, signed=False), formats.int8),
+    (formats.integer(6), formats.integer(2)),
+    (R4, R4),
+]
+METHODS = {"chosen": 0, "bytes": 1, "window": 2, "words": 3}
+MORE = {
+    "strided": conv((3, 5, 11, 9), (7, 5, 3, 2), stride=3, padding=2),
+    "stride_beyond_kernel": conv((2, 3, 9, 9), (4, 3, 1, 2), stride=3),
+    "panels": conv((2, 70, 5, 5), (67, 70, 3, 3), padding=1),
+    "tall": conv((1, 2, 2100, 3), (3, 2, 3, 3), padding=1),
+    "3d_grouped": conv((2, 4, 5, 4, 4), (6, 2, 3, 1, 2), stride=2, padding=1, groups=2),
+    "many_rows": Linear(rows=1300, in_features=70, out_features=131),
+    "many_columns": Linear(rows=5, in_features=3, out_features=8300),
+    "long": Linear(rows=30, in_features=1300, out_features=67),
+    "batches": Batched(batch=9, rows=5, columns=66, inner=33),
+}
+ALL = {**GEOMETRIES, **MORE}
+
+
+@pytest.fixture(autouse=True)
+def best_isa_afterwards() -> Iterator[None]:
+    """Whatever a test forces, the next one starts with the machine's best instruction set."""
+    yield
+    library().hb_force_isa(None)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set that this machine has."""
+    if library().hb_force_isa(ctypes.c_char_p(request.param.encode())) != 0:
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+def qtensor(codes: Tensor, fmt: Format, scale: float = 0.37) -> QTensor:
+    qdata = pack(codes.to(torch.uint8).reshape(-1).contiguous(), fmt.bits)
+    return QTensor(qdata, torch.tensor(scale), fmt, codes.shape)
+
+
+def random_codes(fmt: Format, shape: tuple[int, ...]) -> Tensor:
+    return torch.randint(1 << fmt.bits, shape)
+
+
+def gradient_codes(shape: tuple[int, ...], bottom: int, outside: float) -> Tensor:
+    """Radix-4 codes, most of them zero or in the four levels from `bottom` on."""
+    inside = torch.where(torch.rand(shape) < 0.2, 0, torch.randint(4, shape) + bottom + 1)
+    magnitude = torch.where(torch.rand(shape) < outside, torch.randint(8, shape), inside)
+    return magnitude + 8 * torch.randint(2, shape)
+
+
+def operands(which: str, geometry: Geometry, fmt_a: Format, fmt_b: Format) -> tuple[QTensor, QTensor]:
+    shape_a, shape_b = operand_shapes(geometry, which)
+    return qtensor(random_codes(fmt_a, shape_a), fmt_a), qtensor(random_codes(fmt_b, shape_b), fmt_b, 0.011)
+
+
+def check(which: str, a: QTensor, b: QTensor, geometry: Geometry) -> None:
+    assert torch.equal(native.accumulators(which, a, b, geometry), reference.accumulators(which, a, b, geometry))
+    assert torch.equal(native.gemm(which, a, b, geometry), reference.gemm(which, a, b, geometry))
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("which", GEMMS)
+def test_every_pair_of_formats(isa: str, which: str, kind: str) -> None:
+    """Sums and results are the reference's for every pair of formats, layer and instruction set."""
+    for fmt_a, fmt_b in PAIRS:
+        check(which, *operands(which, ALL[kind], fmt_a, fmt_b), ALL[kind])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("which", GEMMS)
+def test_every_method_and_window(isa: str, which: str, method: str) -> None:
+    """Each way to multiply gives the same sums, wherever the window lies and however many codes are outside."""
+    for geometry, bottom, outside in itertools.product(
+        (MORE["many_rows"], MORE["long"], MORE["panels"], MORE["strided"], MORE["batches"]), range(4), (0.0, 0.03, 0.9)
+    ):
+        shape_a, shape_b = operand_shapes(geometry, which)
+        a = qtensor(gradient_codes(shape_a, bottom, outside), R4)
+        b = qtensor(random_codes(formats.int4, shape_b), formats.int4)
+        got = native_gemm._product(which, a, b, geometry, None, METHODS[method])
+        assert torch.equal(got.double(), reference.accumulators(which, a, b, geometry))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_row_of_every_length(isa: str, method: str) -> None:
+    """A vector times a small matrix is exact for every length from 1 to 140, so for every end of a packed block."""
+    for inner in range(1, 141):
+        geometry = Linear(rows=2, in_features=inner, out_features=3)
+        a = qtensor(gradient_codes((2, inner), 2, 0.2), R4)
+        b = qtensor(random_codes(formats.int4, (3, inner)), formats.int4)
+        got = native_gemm._product("fprop", a, b, geometry, None, METHODS[method])
+        assert torch.equal(got.double(), reference.accumulators("fprop", a, b, geometry))
+
+
+def largest(fmt: Format, shape: tuple[int, ...]) -> QTensor:
+    codes = max(range(1 << fmt.bits), key=lambda c: abs(fmt.integers[c] or 0))
+    return qtensor(torch.full(shape, codes), fmt)
+
+
+@pytest.mark.parametrize(("fmt_a", "fmt_b"), [(R4, formats.uint4), (formats.int8, formats.int8), (R4, R4)], ids=str)
+def test_sums_beyond_32_bits(isa: str, fmt_a: Format, fmt_b: Format) -> None:
+    """A reduction of the largest codes that passes 2^31 is exact, in a linear layer and in a batch of matrices."""
+    length = (1 << 31) // (fmt_a.max_integer * fmt_b.max_integer) + 700
+    for geometry in (
+        Linear(rows=2, in_features=length, out_features=3),
+        Batched(batch=2, rows=2, inner=length, columns=1),
+    ):
+        shape_a, shape_b = operand_shapes(geometry, "fprop")
+        a, b = largest(fmt_a, shape_a), largest(fmt_b, shape_b)
+        each_a, each_b = (q.format.integers[int(q.codes().flatten()[0])] for q in (a, b))
+        exact = float(length * each_a * each_b)
+        assert abs(exact) >= 1 << 31
+        assert torch.equal(
+            native.accumulators("fprop", a, b, geometry), torch.full(geometry.output_shape, exact, dtype=torch.float64)
+        )
+        check("fprop", a, b, geometry)
+
+
+@pytest.mark.parametrize("which", GEMMS)
+def test_convolutions_beyond_32_bits(isa: str, which: str) -> None:
+    """A convolution whose sums pass 2^31 in one of its GEMMs is exact there."""
+    geometry = {
+        "fprop": conv((1, 4500, 3, 3), (1, 4500, 3, 3), padding=1),
+        "dgrad": conv((1, 1, 3, 3), (4500, 1, 3, 3), padding=1),
+        "wgrad": conv((5, 1, 90, 90), (1, 1, 2, 3), padding=1),
+    }[which]
+    shape_a, shape_b = operand_shapes(geometry, which)
+    a, b = largest(R4, shape_a), largest(formats.uint4, shape_b)
+    assert reference.accumulators(which, a, b, geometry).abs().max() >= 1 << 31
+    check(which, a, b, geometry)
+
+
+@pytest.mark.parametrize("kind", ["linear_odd", "conv2d_grouped", "conv_transpose", "batched"])
+@pytest.mark.parametrize("which", GEMMS)
+def test_zero_points(which: str, kind: str) -> None:
+    """Zero points of either operand or both give the reference's bits."""
+    geometry = GEOMETRIES[kind]
+    a, b = operands(which, geometry, formats.int4, formats.int4)
+    moved_a, moved_b = (replace(q, zero_point=torch.tensor(z).double()) for q, z in ((a, 1 / 3), (b, -0.3)))
+    for pair in ((moved_a, b), (a, moved_b), (moved_a, moved_b)):
+        assert torch.equal(native.gemm(which, *pair, geometry), reference.gemm(which, *pair, geometry))
+
+
+@pytest.mark.parametrize("kind", [*MORE, "conv_transpose_grouped"])
+@pytest.mark.parametrize("which", GEMMS)
+def test_results_do_not_depend_on_threads(which: str, kind: str) -> None:
+    """One thread, two and three give the same bits."""
+    geometry = ALL[kind]
+    a, b = operands(which, geometry, R4, formats.int4)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(native.gemm(which, a, b, geometry))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("which", GEMMS)
+def test_empty_sides(isa: str, which: str) -> None:
+    """No rows, no features or no images give an empty result, or zeros where the reduction is empty."""
+    for sides in ((0, 3, 4), (3, 0, 4), (3, 4, 0)):
+        geometry = Linear(**dict(zip(("rows", "in_features", "out_features"), sides, strict=True)))
+        a, b = operands(which, geometry, R4, formats.int4)
+        wanted = geometry.apply(which, a.dequantize(), b.dequantize())
+        assert torch.equal(native.gemm(which, a, b, geometry), wanted)
+    geometry = conv((0, 3, 5, 5), (4, 3, 3, 3), padding=1)
+    a, b = operands(which, geometry, R4, formats.int4)
+    shape = {"fprop": geometry.output_shape, "dgrad": geometry.input_shape, "wgrad": geometry.weight_shape}[which]
+    assert torch.equal(native.gemm(which, a, b, geometry), torch.zeros(shape))
+
+
+def test_a_scale_of_nan_makes_every_product_nan() -> None:
+    """An operand that held NaN gives NaN everywhere, also where a strided dgrad multiplies nothing."""
+    geometry = MORE["stride_beyond_kernel"]
+    a, b = operands("dgrad", geometry, R4, formats.int4)
+    broken = replace(a, scale=torch.tensor(float("nan")))
+    assert native.gemm("dgrad", broken, b, geometry).isnan().all()
+
+
+def test_what_goes_to_the_reference() -> None:
+    """The table names every product of codes that has no kernel, and those alone."""
+    linear = GEOMETRIES["linear_odd"]
+    long = conv((1, 1, 2, 40000), (1, 1, 1, 1))
+    cases = {
+        "fprop of INT4": (native_gemm.reference_case("fprop", *operands("fprop", linear, *NARROW), linear), None),
+        "FP8": (
+            native_gemm.reference_case("fprop", *operands("fprop", linear, formats.fp8_e4m3, formats.int4), linear),
+            "8-bit floats, or 4-bit formats that reach beyond 4096",
+        ),
+        "wide rows": (
+            native_gemm.reference_case("wgrad", *operands("wgrad", long, R4, formats.uint4), long),
+            "wgrad of a convolution that passes 31 bits within 1,024 products",
+        ),
+    }
+    for got, wanted in cases.values():
+        assert got == wanted
+    for fmt_a, fmt_b in ((formats.fp8_e4m3, formats.int4),):
+        a, b = operands("fprop", linear, fmt_a, fmt_b)
+        a = replace(a, qdata=a.qdata & 0x77)  # no NaN among the codes
+        assert torch.equal(native.gemm("fprop", a, b, linear), reference.gemm("fprop", a, b, linear))
+    a, b = operands("wgrad", long, R4, formats.uint4)
+    check("wgrad", a, b, long)
+
+
+def test_floating_operands_and_other_sums_are_the_references() -> None:
+    """An operand in floating point, and sums that are not exact, are computed as the reference does."""
+    geometry = GEOMETRIES["linear_odd"]
+    a, b = operands("fprop", geometry, formats.int4, formats.int4)
+    x = torch.randn(a.shape)
+    assert torch.equal(native.gemm("fprop", x, b, geometry), reference.gemm("fprop", x, b, geometry))
+    got = native.gemm("fprop", a, b, geometry, accumulate="fp16_chunk64")
+    assert torch.equal(got, reference.gemm("fprop", a, b, geometry, accumulate="fp16_chunk64"))
+
+
+def test_a_transposed_convolution_is_its_mirror() -> None:
+    """wgrad of a transposed convolution has its gradient on the other side, and is still exact."""
+    geometry = GEOMETRIES["conv_transpose"]
+    assert isinstance(geometry, ConvTranspose)
+    shape_a, shape_b = operand_shapes(geometry, "wgrad")
+    a, b = qtensor(gradient_codes(shape_a, 2, 0.03), R4), qtensor(random_codes(formats.uint4, shape_b), formats.uint4)
+    check("wgrad", a, b, geometry)
