@@ -42,6 +42,7 @@ _SIZE = "How long: smoke (seconds, for tests), cpu (a minute at a desk) or full 
 _MODEL = "Which network of the task; for digits cnn or mlp."
 _FINE_TUNE = "Epochs in high precision after the ordinary ones; the weights stay in their format. 0 for none."
 _ACCELERATOR = "Where to compute: cpu, cuda, mps or auto."
+_BACKEND = "Who computes four bits, to the same bits: native (compiled), reference (emulation) or auto."
 _RUNS = Path("runs")
 
 
@@ -83,6 +84,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones there are not repeated.")] = _RUNS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write runs and summary to this file.")] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
+    backend: Annotated[str, typer.Option(help=_BACKEND)] = "auto",
 ) -> None:
     """Train one network under several recipes and seeds, and print what each recipe cost.
 
@@ -108,6 +110,7 @@ def compare(
                 fine_tune=fine_tune,
                 out_dir=out,
                 accelerator=accelerator,
+                backend=backend,
                 progress=watcher,
                 note=lambda text: console.print(text, style="dim"),
             )
@@ -140,6 +143,7 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run that is to go on.")] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
+    backend: Annotated[str, typer.Option(help=_BACKEND)] = "auto",
 ) -> None:
     """Train one network under one recipe, and write its record.
 
@@ -166,6 +170,7 @@ def train(
                 out_dir=out if resume else folder,
                 resume=resume,
                 accelerator=accelerator,
+                backend=backend,
                 progress=watcher,
             )
     except Interrupted as stop:

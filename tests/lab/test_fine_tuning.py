@@ -105,7 +105,7 @@ def test_the_optimizer_starts_anew(tmp_path):
 def loop_of(recipe, fine_tune):
     fabric = Fabric(accelerator="cpu", devices=1)
     run = Run(task="digits", recipe=recipe, seed=1, size="smoke", model="mlp", fine_tune=fine_tune)
-    return trainer._Loop(run, fabric, None)
+    return trainer._Loop(run, fabric, None, "reference")
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "ibm2020"])

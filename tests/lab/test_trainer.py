@@ -16,7 +16,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from halfbyte.errors import HalfbyteError, UnknownNameError
+from halfbyte import kernels
+from halfbyte.errors import HalfbyteError, UnknownNameError, UnsupportedError
+from halfbyte.kernels import native
 from halfbyte.lab import checkpoint, guard, record, tasks, trainer
 from halfbyte.lab.run import DivergedError, Interrupted, Run
 from halfbyte.lab.trainer import train
@@ -73,6 +75,28 @@ def test_same_seed_same_bits(recipe, unbroken, tmp_path):
     assert again.value == first.value
 
 
+@pytest.mark.skipif(not native.available(), reason="no compiled library")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_backends_end_in_the_same_bits(backend, unbroken, tmp_path):
+    """Whoever computes, the run ends in the same bits, and the record says who it was."""
+    result = train("digits", "ibm2020", 1, size="smoke", out_dir=tmp_path, backend=backend)
+    assert_same_bits(end(tmp_path), end(unbroken["ibm2020"][0]))
+    assert result.machine["backend"] == kernels.describe(backend)
+
+
+def test_the_fastest_backend_is_the_default(unbroken):
+    """Without a choice a run on the CPU uses the native backend where there is one."""
+    assert unbroken["ibm2020"][1].machine["backend"] == kernels.describe(kernels.resolve("auto"))
+    assert trainer.chosen_backend("auto", "cuda") == "reference"
+
+
+def test_an_absent_backend_is_an_error(monkeypatch):
+    """A backend that is asked for by name is not replaced by another."""
+    monkeypatch.setattr(native.library, "_load", lambda: "not built")
+    with pytest.raises(UnsupportedError, match="native backend is absent: not built"):
+        train("digits", "ibm2020", 1, size="smoke", backend="native")
+
+
 def test_another_seed_another_run(unbroken):
     """The seed acts: another one ends with other curves."""
     assert train("digits", "fp32", 2, size="smoke").curves != unbroken["fp32"][1].curves
@@ -93,7 +117,9 @@ def test_recipes_share_initial_weights(model):
     for recipe in RECIPES:
         fabric = Fabric(accelerator="cpu", devices=1)
         with guard.reproducible(3, fabric.device):
-            loop = trainer._Loop(Run(task="digits", recipe=recipe, seed=3, size="smoke", model=model), fabric, None)
+            loop = trainer._Loop(
+                Run(task="digits", recipe=recipe, seed=3, size="smoke", model=model), fabric, None, "reference"
+            )
         states.append(loop.plain.state_dict())
     shared = states[0].keys()
     assert shared <= states[1].keys()

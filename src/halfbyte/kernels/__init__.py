@@ -30,6 +30,7 @@ __all__ = [
     "Geometry",
     "Linear",
     "Reduction",
+    "describe",
     "get",
     "resolve",
 ]
@@ -116,6 +117,11 @@ def resolve(name: str) -> str:
     if name != "auto":
         return name
     return "native" if native.available() else "reference"
+
+
+def describe(name: str) -> str:
+    """A backend's name, with the instruction set in use where it has one."""
+    return f"native ({native.info().isa})" if name == "native" else name
 
 
 def get(name: str) -> Backend:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import kernels
 from ..errors import HalfbyteError
 from . import checkpoint, record
 from .record import Record, RecordError
 from .run import RECORD_NAME, DivergedError, Progress, Run
-from .trainer import train
+from .trainer import chosen_backend, train
 
 __all__ = ["Comparison", "Failure", "Paired", "Summary", "compare", "summarize"]
 
@@ -113,6 +114,7 @@ def compare(
     fine_tune: int = 0,
     out_dir: Path | None = None,
     accelerator: str = "cpu",
+    backend: str = "auto",
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Comparison:
@@ -130,6 +132,7 @@ def compare(
         fine_tune: epochs in high precision after the ordinary ones, for every recipe, see `halfbyte.lab.phases`.
         out_dir: each run gets a folder below it; None keeps nothing on the disk.
         accelerator: Lightning Fabric's name of the device.
+        backend: who computes four bits, see `halfbyte.lab.trainer.train`.
         progress: called after every batch of every run.
         note: called with a sentence where a run is not simply trained from its start.
 
@@ -153,14 +156,19 @@ def compare(
     for run in runs:
         folder = None if out_dir is None else out_dir / run.name
         try:
-            records.append(_finish(run, folder, accelerator, progress, note or (lambda _: None)))
+            records.append(_finish(run, folder, accelerator, backend, progress, note or (lambda _: None)))
         except DivergedError as error:
             failures.append(Failure(recipe=run.recipe, seed=run.seed, message=str(error)))
     return summarize(task, recipes, records, failures)
 
 
 def _finish(
-    run: Run, folder: Path | None, accelerator: str, progress: Progress | None, note: Callable[[str], None]
+    run: Run,
+    folder: Path | None,
+    accelerator: str,
+    backend: str,
+    progress: Progress | None,
+    note: Callable[[str], None],
 ) -> Record:
     """The record of a run: read, resumed or trained."""
 
@@ -175,19 +183,21 @@ def _finish(
             out_dir=out_dir,
             resume=resume,
             accelerator=accelerator,
+            backend=backend,
             progress=progress,
             other_code="refuse",
         )
 
     if folder is None:
         return go()
+    machine = record.machine(accelerator, kernels.describe(chosen_backend(backend, accelerator)))
     if (folder / RECORD_NAME).exists():
         try:
             done = record.read(folder / RECORD_NAME)
         except RecordError as error:
             note(f"{run.name} runs again: {error}")
         else:
-            if _is_reusable(done, run, accelerator):
+            if _is_reusable(done, run, machine):
                 note(f"{run.name} is done already; its record is used.")
                 return done
             note(f"{run.name} runs again: its record is of other code, settings, versions or another machine.")
@@ -204,14 +214,14 @@ def _finish(
     return go(out_dir=folder)
 
 
-def _is_reusable(done: Record, run: Run, accelerator: str) -> bool:
+def _is_reusable(done: Record, run: Run, machine: dict[str, Any]) -> bool:
     """Whether running again would give the same bits."""
     identity = run.identity
     return (
         all(getattr(done, key) == identity[key] for key in identity)
         and done.sources_sha256 == [record.source_sha256()]
         and done.versions == record.versions()
-        and done.machine == record.machine(accelerator)
+        and done.machine == machine
     )
 
 

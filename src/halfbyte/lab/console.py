@@ -67,7 +67,7 @@ def comparison_table(result: Comparison) -> Table:
     table.add_column(f"gap to {result.baseline}", justify="right")
     if paired:
         table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_column("time (emulation)", justify="right")
+    table.add_column("time", justify="right")
     table.add_column("kept", justify="right")
     for name, entry in result.summary.items():
         table.add_row(name, *_cells(entry, paired=paired))
@@ -92,7 +92,7 @@ def _caption(result: Comparison, *, paired: bool) -> str:
     seeds = len({r.seed for r in result.records} | {f.seed for f in result.failures})
     lines = [
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}; mean ± sample standard deviation; the last epoch counts.",
-        f"Time is a multiple of {result.baseline}'s. Four bits are emulated: it says nothing about hardware.",
+        f"Time is a multiple of {result.baseline}'s. {_computed(result)}",
     ]
     fine_tune = result.records[0].fine_tune
     if fine_tune:
@@ -102,6 +102,14 @@ def _caption(result: Comparison, *, paired: bool) -> str:
         lines.append("95 % interval: Student's t on the differences seed by seed.")
     lines += [f"Diverged: {failure.recipe}, seed {failure.seed}." for failure in result.failures]
     return "\n".join(lines)
+
+
+def _computed(result: Comparison) -> str:
+    """Who computed four bits, and what the time says of it."""
+    backends = sorted({str(r.machine.get("backend", "reference")) for r in result.records})
+    if backends == ["reference"]:
+        return "Four bits are emulated (backend reference): it says nothing about hardware."
+    return f"Four bits are computed in integers where there is a kernel: backend {', '.join(backends)}."
 
 
 def format_facts(fmt: Format) -> str:

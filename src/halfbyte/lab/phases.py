@@ -108,18 +108,19 @@ def schedule(stepped: Optimizer, shape: Callable[[int, int], float], total: int)
     return LambdaLR(stepped, lambda done: shape(done, total))
 
 
-def prepare(model: nn.Module, recipe: Recipe, seed: int) -> nn.Module:
+def prepare(model: nn.Module, recipe: Recipe, seed: int, backend: str = "reference") -> nn.Module:
     """Converts a model in place.
 
     Args:
         model: as its task makes it.
         recipe: its numerics.
         seed: of the run. Only a recipe that draws random numbers gets it; `halfbyte.convert` refuses one without a use.
+        backend: who computes, see `halfbyte.convert`.
     """
-    return convert(model, recipe, seed=seed if recipe.random else None)
+    return convert(model, recipe, backend=backend, seed=seed if recipe.random else None)
 
 
-def switch(model: nn.Module, recipe: Recipe, seed: int) -> nn.Module:
+def switch(model: nn.Module, recipe: Recipe, seed: int, backend: str = "reference") -> nn.Module:
     """Takes a model from ordinary training to fine-tuning, in place.
 
     Parameters stay the same objects with the same bits. What the weights' quantizers have learned or measured stays,
@@ -129,13 +130,14 @@ def switch(model: nn.Module, recipe: Recipe, seed: int) -> nn.Module:
         model: as `prepare` left it, trained or not.
         recipe: that of ordinary training.
         seed: of the run.
+        backend: who computes, see `halfbyte.convert`.
     """
     next_recipe = fine_tuning(recipe)
     if next_recipe is recipe:
         return model
     before = _plans(model)
     restore(model)
-    prepare(model, next_recipe, seed)
+    prepare(model, next_recipe, seed, backend)
     for name, plan in _plans(model).items():
         plan.step.copy_(before[name].step)
         old, new = before[name].weight, plan.weight

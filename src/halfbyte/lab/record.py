@@ -65,7 +65,7 @@ class Record:
         commit: git revision and whether the package differed from it; both None outside a checkout.
         sources_sha256: fingerprints of the code that ran: one, or more where a run was resumed by other code.
         versions: of halfbyte, torch and Python.
-        machine: accelerator, processor, cores, threads and platform.
+        machine: accelerator, backend, processor, cores, threads and platform.
     """
 
     task: str
@@ -173,10 +173,11 @@ def versions() -> dict[str, str]:
     return {"halfbyte": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def machine(accelerator: str = "cpu") -> dict[str, Any]:
-    """The processor, its cores, the threads that torch uses, the platform, and which accelerator was asked for."""
+def machine(accelerator: str = "cpu", backend: str = "reference") -> dict[str, Any]:
+    """The processor, cores, torch's threads, the platform, the accelerator asked for, and who computed four bits."""
     return {
         "accelerator": accelerator,
+        "backend": backend,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -28,7 +28,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from .. import recipes
+from .. import kernels, recipes
 from ..convert import summary
 from ..errors import HalfbyteError
 from . import checkpoint, phases, record, tasks
@@ -38,7 +38,7 @@ from .record import Record
 from .run import RECORD_NAME, DivergedError, Interrupted, Progress, Run, Step
 from .tasks import Task
 
-__all__ = ["train"]
+__all__ = ["chosen_backend", "train"]
 
 _EVALUATION_BATCH = 512
 
@@ -74,6 +74,7 @@ def train(
     out_dir: Path | None = None,
     resume: Path | None = None,
     accelerator: str = "cpu",
+    backend: str = "auto",
     progress: Progress | None = None,
     other_code: Literal["warn", "refuse"] = "warn",
 ) -> Record:
@@ -89,6 +90,8 @@ def train(
         out_dir: folder for the checkpoint and ``record.json``; None keeps nothing on the disk.
         resume: folder of an interrupted run that goes on there. A finished one is returned as it is.
         accelerator: Lightning Fabric's name of the device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
+        backend: who computes four bits, see `halfbyte.convert`; the bits are the same. ``auto`` is ``native`` where its
+            library is there and the accelerator is ``cpu``.
         progress: called after every batch.
         other_code: what to do with a checkpoint of other code or another number of threads, from which the run may
             end in other bits.
@@ -98,6 +101,7 @@ def train(
 
     Raises:
         UnknownNameError: if there is no such task, recipe, size or network.
+        UnsupportedError: if the backend is ``native`` and its library is absent.
         HalfbyteError: if ``out_dir`` already holds a run, or there is no such accelerator.
         CheckpointError: if ``resume`` holds no checkpoint, a damaged one, or that of another run.
         DivergedError: if the loss stops being a finite number.
@@ -126,7 +130,7 @@ def train(
             "where there is one."
         ) from error
     with reproducible(seed, fabric.device), signals(heard=folder is not None) as received:
-        loop = _Loop(run, fabric, folder)
+        loop = _Loop(run, fabric, folder, chosen_backend(backend, accelerator))
         if resume is not None:
             loop.restore(other_code)
         elif folder is not None:
@@ -145,6 +149,11 @@ def train(
     return result
 
 
+def chosen_backend(name: str, accelerator: str) -> str:
+    """The backend's own name: for ``auto`` the fastest one there is for tensors on that accelerator."""
+    return "reference" if name == "auto" and accelerator != "cpu" else kernels.resolve(name)
+
+
 def _finished(run: Run, path: Path) -> Record:
     """The record of a run that is to be resumed although it is done, if it is that run's."""
     done = record.read(path)
@@ -158,13 +167,14 @@ def _finished(run: Run, path: Path) -> Record:
 class _Loop:
     """Network, optimizer, data and position of one run."""
 
-    def __init__(self, run: Run, fabric: Fabric, folder: Path | None) -> None:
-        self.run, self.fabric, self.folder = run, fabric, folder
+    def __init__(self, run: Run, fabric: Fabric, folder: Path | None, backend: str) -> None:
+        self.run, self.fabric, self.folder, self.backend = run, fabric, folder, backend
         self.task: Task = tasks.get(run.task)
         self.settings = self.task.settings(run.size)
         self.data: Split = self.task.load().to(fabric.device)
         # The seed was set just before: the weights depend on it alone, because conversion keeps them.
-        self.plain: nn.Module = phases.prepare(self.task.models[run.model](), recipes.get(run.recipe), run.seed)
+        recipe = recipes.get(run.recipe)
+        self.plain: nn.Module = phases.prepare(self.task.models[run.model](), recipe, run.seed, backend)
         self.batches_per_epoch = count_batches(len(self.data.train_inputs), self.settings.batch_size)
         self.epochs = self.settings.epochs + run.fine_tune
         self._equip(phases.cosine, self.settings.epochs)
@@ -180,7 +190,7 @@ class _Loop:
 
     def _fine_tune(self) -> None:
         """Goes over from ordinary training to fine-tuning."""
-        self.plain = phases.switch(self.plain, recipes.get(self.run.recipe), self.run.seed)
+        self.plain = phases.switch(self.plain, recipes.get(self.run.recipe), self.run.seed, self.backend)
         self._equip(phases.triangle, self.run.fine_tune)
 
     def steps(self) -> Iterator[Step]:
@@ -362,7 +372,7 @@ class _Loop:
             commit=record.commit(),
             sources_sha256=at.sources,
             versions=record.versions(),
-            machine=record.machine(accelerator),
+            machine=record.machine(accelerator, kernels.describe(self.backend)),
         )
 
 
