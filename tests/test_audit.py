@@ -37,9 +37,9 @@ def step_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_recipe_passes_on_the_digits(recipe: str, build: object) -> None:
     """Under every recipe both networks of the digits pass, every product on codes is the float64 one."""
     torch.manual_seed(0)
-    split = digits_data.load()
+    train = digits_data.load().train
     model = hb.convert(build(), recipe)  # type: ignore[operator]
-    batch = (split.train_inputs[:16], split.train_targets[:16])
+    batch = (train.inputs[:16], train.targets[:16])
     report = audit(model, batch, lambda output, both: F.cross_entropy(output, both[1]))
     assert report.reasons == ()
     assert report.ok
@@ -284,6 +284,15 @@ def test_the_loss_gets_output_and_batch() -> None:
 
     assert audit(everywhere(network(), "ibm2020"), (data(), targets), loss).ok
     assert seen[0] is targets
+
+
+def test_a_function_may_make_the_loss() -> None:
+    """A function that calls the model itself is watched like a batch; its gradient is the one that is quantized."""
+    x = data()
+    by_function = audit(everywhere(network(), "ibm2020"), lambda model: model(x).square().mean())
+    by_batch = audit(everywhere(network(), "ibm2020"), x)
+    assert by_function.ok
+    assert by_function.layers == by_batch.layers
 
 
 @pytest.mark.parametrize("batch", [3, (1, 2, 3), "x"])

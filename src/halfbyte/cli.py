@@ -42,6 +42,7 @@ _SIZE = "How long: smoke (seconds, for tests), cpu (a minute at a desk) or full 
 _MODEL = "Which network of the task; for digits cnn or mlp."
 _FINE_TUNE = "Epochs in high precision after the ordinary ones; the weights stay in their format. 0 for none."
 _ACCELERATOR = "Where to compute: cpu, cuda, mps or auto."
+_DATA = "Folder with a folder for each data set; the digits need none."
 _BACKEND = "Who computes four bits, to the same bits: native (compiled), reference (emulation) or auto."
 _RUNS = Path("runs")
 
@@ -83,6 +84,7 @@ def compare(
     fine_tune: Annotated[int, typer.Option(min=0, help=_FINE_TUNE)] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones there are not repeated.")] = _RUNS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write runs and summary to this file.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(envvar="HALFBYTE_DATA", help=_DATA)] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
     backend: Annotated[str, typer.Option(help=_BACKEND)] = "auto",
 ) -> None:
@@ -109,6 +111,7 @@ def compare(
                 model=model,
                 fine_tune=fine_tune,
                 out_dir=out,
+                data_dir=data_dir,
                 accelerator=accelerator,
                 backend=backend,
                 progress=watcher,
@@ -142,6 +145,7 @@ def train(
         Path | None, typer.Option(help="Folder of the run. Without it: runs/TASK-MODEL-SIZE-RECIPE-seedN.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run that is to go on.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(envvar="HALFBYTE_DATA", help=_DATA)] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
     backend: Annotated[str, typer.Option(help=_BACKEND)] = "auto",
 ) -> None:
@@ -169,6 +173,7 @@ def train(
                 fine_tune=fine_tune,
                 out_dir=out if resume else folder,
                 resume=resume,
+                data_dir=data_dir,
                 accelerator=accelerator,
                 backend=backend,
                 progress=watcher,
@@ -192,6 +197,7 @@ def audit(
     recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes")],
     model: Annotated[str | None, typer.Option(help=_MODEL)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(envvar="HALFBYTE_DATA", help=_DATA)] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda or mps where there is one.")] = "cpu",
 ) -> None:
     """Prove what a network computes in four bits: run one training step and recompute all of it.
@@ -209,15 +215,14 @@ def audit(
     from .recipes import get
 
     chosen, definition = get(recipe), tasks.get(task)
-    name, data = definition.model_named(model), definition.load()
+    name, data, settings = definition.model_named(model), definition.load(data_dir), definition.settings("cpu")
     place = _device(device)
-    count = definition.settings("cpu").batch_size
     with reproducible(0, torch.device("cpu")):
-        network = convert(definition.models[name](), chosen).to(place)
-        batch = (data.train_inputs[:count].to(place), data.train_targets[:count].to(place))
-        report = run_audit(network, batch, lambda output, both: definition.loss(output, both[1]))
+        network = convert(definition.models[name](data, settings), chosen).to(place)
+        batch = next(data.train.batches(settings.batch_size)).to(place)
+        report = run_audit(network, lambda model: definition.learn(model, batch, (), settings).loss)
     console = Console()
-    console.print(f"{task}, {name}, {recipe}: one training step on {count} examples\n", highlight=False)
+    console.print(f"{task}, {name}, {recipe}: one training step on {batch.count} examples\n", highlight=False)
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         report.write(json_file)

@@ -9,21 +9,17 @@ import pytest
 from halfbyte import RECIPES
 from halfbyte.lab import tasks
 from halfbyte.lab.compare import compare
-from halfbyte.lab.data.split import Split
+from halfbyte.lab.data.source import Data, Examples
 
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_all_recipes_train(model, monkeypatch):
     """On half of the digits every recipe learns and leaves its conventions in its record; none diverges."""
     digits = tasks.get("digits")
-    whole = digits.load()
-    half = Split(
-        train_inputs=whole.train_inputs[::2],
-        train_targets=whole.train_targets[::2],
-        test_inputs=whole.test_inputs[::2],
-        test_targets=whole.test_targets[::2],
-    )
-    task = dataclasses.replace(digits, load=lambda: half)
+    whole = digits.load(None)
+    train, test = (Examples(inputs=x.inputs[::2], targets=x.targets[::2]) for x in (whole.train, whole.test))
+    half = Data(train=train, test=test)
+    task = dataclasses.replace(digits, load=lambda _folder: half)
     monkeypatch.setattr(tasks, "TASKS", MappingProxyType({"digits": task}))
     result = compare("digits", list(RECIPES), [0], size="smoke", model=model)
     assert result.failures == ()

@@ -12,9 +12,10 @@ from lightning_fabric import Fabric
 
 from halfbyte.cli import main
 from halfbyte.errors import HalfbyteError
-from halfbyte.lab import checkpoint, guard, phases, record, trainer
+from halfbyte.lab import checkpoint, guard, phases, record
 from halfbyte.lab.compare import compare
 from halfbyte.lab.console import comparison_table
+from halfbyte.lab.loop import Loop
 from halfbyte.lab.run import Interrupted, Run
 from halfbyte.lab.trainer import train
 
@@ -105,20 +106,20 @@ def test_the_optimizer_starts_anew(tmp_path):
 def loop_of(recipe, fine_tune):
     fabric = Fabric(accelerator="cpu", devices=1)
     run = Run(task="digits", recipe=recipe, seed=1, size="smoke", model="mlp", fine_tune=fine_tune)
-    return trainer._Loop(run, fabric, None, "reference")
+    return Loop(run, fabric, None, None, "reference")
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "ibm2020"])
 def test_learning_rates(recipe, monkeypatch):
     """Each batch is learned at its place on the cosine and then on the triangle, whatever the recipe."""
     rates = []
-    original = trainer._Loop._train_on
+    original = Loop._train_on
 
-    def watch(self, inputs, targets):
+    def watch(self, batch):
         rates.append(self.optimizer.param_groups[0]["lr"])
-        original(self, inputs, targets)
+        original(self, batch)
 
-    monkeypatch.setattr(trainer._Loop, "_train_on", watch)
+    monkeypatch.setattr(Loop, "_train_on", watch)
     with guard.reproducible(1, torch.device("cpu")):
         for _ in loop_of(recipe, 1).steps():
             pass

@@ -1,6 +1,7 @@
 """Fine-tuning in high precision: what a recipe becomes, what a model keeps, and how fast it learns."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte.lab import phases
+from halfbyte.lab.tasks import Settings
 from halfbyte.recipes import REUSE, Dgrad, Fprop, Recipe
 
 QUANTIZING = [recipe for recipe in hb.RECIPES.values() if not recipe.in_floating_point]
@@ -185,3 +187,33 @@ def test_a_convention_shows():
     recipe = hb.RECIPES["ibm2020"]
     other = dataclasses.replace(recipe, fprop=dataclasses.replace(recipe.fprop, weight=hb.Sawb(levels=16)))
     assert phases.conventions(recipe, fine_tune=0) != phases.conventions(other, fine_tune=0)
+
+
+def settings(**changes) -> Settings:
+    return Settings(**{"epochs": 4, "batch_size": 1, "optimizer": "sgd", "learning_rate": 1.0} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0.5 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]),
+        ({"warmup": 2}, [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * k / 10)) for k in range(10))]),
+        ({"schedule": "drops", "drops": (0.5, 0.75)}, [1.0] * 6 + [0.1] * 3 + [0.1**2] * 3),
+        ({"schedule": "decay", "hold": 2, "decay": 0.5}, [1.0] * 6 + [0.5] * 3 + [0.25] * 3),
+        ({"schedule": "inverse_sqrt", "warmup": 4}, [0.25, 0.5, 0.75, 1.0, *(math.sqrt(4 / k) for k in range(5, 13))]),
+    ],
+    ids=["cosine", "warmup", "drops", "decay", "inverse_sqrt"],
+)
+def test_schedules(changes, expected):
+    """Four epochs of three batches: the share of the learning rate at every batch."""
+    shape = phases.ordinary(settings(**changes), batches_per_epoch=3)
+    assert [shape(done, 12) for done in range(12)] == expected
+
+
+def test_optimizers_get_their_settings():
+    """The optimizer that is named gets the settings' numbers."""
+    adamw = phases.optimizer(network(), settings(optimizer="adamw", betas=(0.8, 0.9), weight_decay=0.1))
+    assert type(adamw) is torch.optim.AdamW
+    assert (adamw.defaults["betas"], adamw.defaults["weight_decay"]) == ((0.8, 0.9), 0.1)
+    sgd = phases.optimizer(network(), settings(momentum=0.9))
+    assert (type(sgd), sgd.defaults["momentum"]) == (torch.optim.SGD, 0.9)

@@ -6,19 +6,25 @@ from torch import nn
 
 from halfbyte.errors import HalfbyteError, UnknownNameError
 from halfbyte.lab import tasks
+from halfbyte.lab.data.source import Batch
 from halfbyte.lab.tasks import Settings
+
+
+def network(name):
+    digits = tasks.get("digits")
+    return digits.models[name](digits.load(None), digits.settings("smoke"))
 
 
 @pytest.mark.parametrize("name", ["cnn", "mlp"])
 def test_networks_classify(name):
     """Both networks turn images (N, 1, 8, 8) into ten logits each."""
-    assert tasks.get("digits").models[name]()(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+    assert network(name)(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
 
 
 @pytest.mark.parametrize(("name", "between"), [("cnn", 3), ("mlp", 1)])
 def test_layers_remain_between_first_and_last(name, between):
     """With the first and last layer in high precision, the CNN keeps three layers for four bits and the MLP one."""
-    modules = tasks.get("digits").models[name]().modules()
+    modules = network(name).modules()
     assert len([m for m in modules if isinstance(m, nn.Linear | nn.Conv2d)]) - 2 == between
 
 
@@ -44,7 +50,13 @@ def test_default_model():
         ({"batch_size": 0}, "must be above zero"),
         ({"learning_rate": 0.0}, "must be above zero"),
         ({"optimizer": "adan"}, "Did you mean 'adam'"),
-        ({"momentum": 0.9}, "would do nothing under Adam"),
+        ({"schedule": "cosin"}, "Did you mean 'cosine'"),
+        ({"momentum": 0.9}, "momentum=0.9, under Adam would do nothing"),
+        ({"optimizer": "sgd", "betas": (0.9, 0.98)}, "under SGD would do nothing"),
+        ({"drops": (0.5,)}, "without schedule='drops' would do nothing"),
+        ({"hold": 3}, "without schedule='decay' would do nothing"),
+        ({"decay": 0.5}, "without schedule='decay' would do nothing"),
+        ({"schedule": "inverse_sqrt"}, "without a warmup, would do nothing"),
     ],
 )
 def test_settings_are_checked_at_birth(change, text):
@@ -56,6 +68,6 @@ def test_settings_are_checked_at_birth(change, text):
 def test_accuracy_counts():
     """The score counts right answers and the metric is their percentage: 2 of 4 is 50."""
     task = tasks.get("digits")
-    logits = torch.eye(10)[[1, 2, 3, 4]]
-    assert task.score(logits, torch.tensor([1, 2, 0, 0])) == 2
+    batch = Batch((torch.eye(10)[[1, 2, 3, 4]],), (torch.tensor([1, 2, 0, 0]),), 4)
+    assert task.learn(nn.Identity(), batch, (), task.settings("smoke")).score == 2
     assert task.summarize(2, 4) == 50

@@ -20,6 +20,7 @@ from halfbyte import kernels
 from halfbyte.errors import HalfbyteError, UnknownNameError, UnsupportedError
 from halfbyte.kernels import native
 from halfbyte.lab import checkpoint, guard, record, tasks, trainer
+from halfbyte.lab.loop import Loop
 from halfbyte.lab.run import DivergedError, Interrupted, Run
 from halfbyte.lab.trainer import train
 
@@ -117,8 +118,8 @@ def test_recipes_share_initial_weights(model):
     for recipe in RECIPES:
         fabric = Fabric(accelerator="cpu", devices=1)
         with guard.reproducible(3, fabric.device):
-            loop = trainer._Loop(
-                Run(task="digits", recipe=recipe, seed=3, size="smoke", model=model), fabric, None, "reference"
+            loop = Loop(
+                Run(task="digits", recipe=recipe, seed=3, size="smoke", model=model), fabric, None, None, "reference"
             )
         states.append(loop.plain.state_dict())
     shared = states[0].keys()
@@ -149,8 +150,8 @@ def test_generator_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """A network that draws random numbers itself (dropout) also ends in the same bits after an interruption."""
     digits = tasks.get("digits")
 
-    def with_dropout():
-        return nn.Sequential(digits.models["mlp"](), nn.Dropout(0.5))
+    def with_dropout(data, settings):
+        return nn.Sequential(digits.models["mlp"](data, settings), nn.Dropout(0.5))
 
     task = dataclasses.replace(digits, models=MappingProxyType({"cnn": with_dropout}))
     monkeypatch.setattr(tasks, "TASKS", {"digits": task})
@@ -325,9 +326,10 @@ def test_test_loss_must_be_finite_too(monkeypatch):
     """Logits that are NaN on the test data are no accuracy of ten percent but a diverged run."""
     digits = tasks.get("digits")
 
-    def load():
-        data = digits.load()
-        return dataclasses.replace(data, test_inputs=data.test_inputs * float("nan"))
+    def load(folder):
+        data = digits.load(folder)
+        broken = dataclasses.replace(data.test, inputs=data.test.inputs * float("nan"))
+        return dataclasses.replace(data, test=broken)
 
     monkeypatch.setattr(tasks, "TASKS", {"digits": dataclasses.replace(digits, load=load)})
     with pytest.raises(DivergedError, match="test loss became nan in epoch 1"):

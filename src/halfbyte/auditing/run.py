@@ -24,13 +24,14 @@ from .state import preserved
 __all__ = ["audit"]
 
 Batch = Tensor | Sequence[Any] | dict[str, Any]
+Forward = Callable[[nn.Module], Tensor]
 Loss = Callable[[Any, Any], Tensor]
 
 _KNOWN = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 """Layers that multiply; in any other module a product is its own code's."""
 
 
-def audit(model: nn.Module, batch: Batch, loss: Loss | None = None) -> AuditReport:
+def audit(model: nn.Module, batch: Batch | Forward, loss: Loss | None = None) -> AuditReport:
     """Runs one training step (forward and backward, no optimizer) and reports what really ran in four bits.
 
     The model is as before afterwards: parameters, gradients, buffers, statistics, mode, and torch's generators. During
@@ -49,7 +50,8 @@ def audit(model: nn.Module, batch: Batch, loss: Loss | None = None) -> AuditRepo
 
     Args:
         model: a model that `halfbyte.convert` has seen.
-        batch: the model's input; or a pair (input, targets); or a dict of keyword arguments.
+        batch: the model's input; or a pair (input, targets); or a dict of keyword arguments; or a function that calls
+            the model it is given and returns the loss.
         loss: from the model's output and the whole batch to a scalar; None for the mean square of all floating tensors
             in the output.
 
@@ -59,7 +61,7 @@ def audit(model: nn.Module, batch: Batch, loss: Loss | None = None) -> AuditRepo
     Raises:
         TypeError: if the batch is none of those.
     """
-    args, kwargs = _arguments(batch)
+    forward = batch if callable(batch) and not isinstance(batch, Tensor) else _forward(batch, loss)
     scope = Scope(model)
     counter = GemmCounter(scope)
     ledger = Ledger(model, counter.looking_away)
@@ -67,8 +69,7 @@ def audit(model: nn.Module, batch: Batch, loss: Loss | None = None) -> AuditRepo
     with preserved(model), _training(model):
         try:
             with watch(model, ledger), counter:
-                output = model(*args, **kwargs)
-                (_mean_square(output) if loss is None else loss(output, batch)).backward()
+                forward(model).backward()
             seen.graded = {name for name, p in model.named_parameters() if p.grad is not None}
         except Exception as error:  # noqa: BLE001 - that a step fails is what an audit reports
             seen.failure = f"The step raised {type(error).__name__}: {error}"
@@ -88,6 +89,17 @@ class _Step:
     graded: set[str] = field(default_factory=set)
     idle_biases: list[str] = field(default_factory=list)
     device: str = ""
+
+
+def _forward(batch: Batch, loss: Loss | None) -> Forward:
+    """From a model to the loss on a batch."""
+    args, kwargs = _arguments(batch)
+
+    def forward(model: nn.Module) -> Tensor:
+        output = model(*args, **kwargs)
+        return _mean_square(output) if loss is None else loss(output, batch)
+
+    return forward
 
 
 def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

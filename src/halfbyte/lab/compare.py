@@ -112,6 +112,7 @@ def compare(
     size: str = "cpu",
     model: str | None = None,
     fine_tune: int = 0,
+    data_dir: Path | None = None,
     out_dir: Path | None = None,
     accelerator: str = "cpu",
     backend: str = "auto",
@@ -130,6 +131,7 @@ def compare(
         size: a preset of the task.
         model: a network of the task; None for its default.
         fine_tune: epochs in high precision after the ordinary ones, for every recipe, see `halfbyte.lab.phases`.
+        data_dir: folder with a folder for each data set; None is enough for the digits.
         out_dir: each run gets a folder below it; None keeps nothing on the disk.
         accelerator: Lightning Fabric's name of the device.
         backend: who computes four bits, see `halfbyte.lab.trainer.train`.
@@ -156,7 +158,7 @@ def compare(
     for run in runs:
         folder = None if out_dir is None else out_dir / run.name
         try:
-            records.append(_finish(run, folder, accelerator, backend, progress, note or (lambda _: None)))
+            records.append(_finish(run, folder, data_dir, accelerator, backend, progress, note or (lambda _: None)))
         except DivergedError as error:
             failures.append(Failure(recipe=run.recipe, seed=run.seed, message=str(error)))
     return summarize(task, recipes, records, failures)
@@ -165,6 +167,7 @@ def compare(
 def _finish(
     run: Run,
     folder: Path | None,
+    data_dir: Path | None,
     accelerator: str,
     backend: str,
     progress: Progress | None,
@@ -180,6 +183,7 @@ def _finish(
             size=run.size,
             model=run.model,
             fine_tune=run.fine_tune,
+            data_dir=data_dir,
             out_dir=out_dir,
             resume=resume,
             accelerator=accelerator,

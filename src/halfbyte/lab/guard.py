@@ -62,7 +62,7 @@ def signals(*, heard: bool) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def weighing(network: nn.Module) -> Iterator[list[int]]:
-    """Weighs what is kept for the backward pass by a forward pass inside.
+    """Weighs what a network's forward pass inside keeps for the backward pass; a loss after it does not count.
 
     Args:
         network: its parameters do not count.
@@ -77,8 +77,16 @@ def weighing(network: nn.Module) -> Iterator[list[int]]:
         kept.append(x.detach())  # Detached: a node that held its own output would never be freed.
         return kept[-1]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    scales = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    hooks = [
+        network.register_forward_pre_hook(lambda *_: scales.__enter__()),
+        network.register_forward_hook(lambda *_: scales.__exit__(), always_call=True),
+    ]
+    try:
         yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     found.extend(nbytes for at, nbytes in storages.items() if at not in own)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..convert import convert, restore
@@ -23,7 +23,18 @@ from ..quantizers import Quantizer
 from ..recipes import Dgrad, Fprop, Recipe, Rule, Wgrad, get
 from .tasks import Settings
 
-__all__ = ["PEAK", "conventions", "cosine", "fine_tuning", "optimizer", "prepare", "schedule", "switch", "triangle"]
+__all__ = [
+    "PEAK",
+    "conventions",
+    "cosine",
+    "fine_tuning",
+    "optimizer",
+    "ordinary",
+    "prepare",
+    "schedule",
+    "switch",
+    "triangle",
+]
 
 PEAK = 0.1
 """The tip of the triangle as a share of the settings' learning rate. The paper gives the shape and no number for it."""
@@ -73,11 +84,30 @@ def conventions(recipe: Recipe, *, fine_tune: int) -> dict[str, str]:
     return {r.name: r.conventions for r in phases}
 
 
-def cosine(done: int, total: int) -> float:
-    """Ordinary training's share of the learning rate: from 1 to 0 along half a cosine.
+def ordinary(settings: Settings, batches_per_epoch: int) -> Callable[[int, int], float]:
+    """Ordinary training's share of the learning rate, from the batches done and the batches in all.
 
     In closed form: it depends on the count of batches and on nothing that was computed before.
     """
+
+    def shape(done: int, total: int) -> float:
+        if done < settings.warmup:
+            return (done + 1) / settings.warmup
+        match settings.schedule:
+            case "cosine":
+                return cosine(done - settings.warmup, total - settings.warmup)
+            case "drops":
+                return 0.1 ** sum(done >= share * total for share in settings.drops)
+            case "decay":
+                return settings.decay ** max(0, done // batches_per_epoch + 1 - settings.hold)
+            case _:
+                return math.sqrt(settings.warmup / (done + 1))
+
+    return shape
+
+
+def cosine(done: int, total: int) -> float:
+    """From 1 to 0 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * done / total))
 
 
@@ -92,8 +122,9 @@ def triangle(done: int, total: int) -> float:
 def optimizer(network: nn.Module, settings: Settings) -> Optimizer:
     """The optimizer that the settings name, over every parameter, with fresh state."""
     rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimizer == "adam":
-        return Adam(network.parameters(), lr=rate, weight_decay=decay)
+    if settings.optimizer != "sgd":
+        kind = Adam if settings.optimizer == "adam" else AdamW
+        return kind(network.parameters(), lr=rate, weight_decay=decay, betas=settings.betas or (0.9, 0.999))
     return SGD(network.parameters(), lr=rate, momentum=settings.momentum, weight_decay=decay)
 
 

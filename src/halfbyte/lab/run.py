@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Run:
         task = tasks.get(self.task)
         task.settings(self.size)
         recipes.get(self.recipe)
-        object.__setattr__(self, "model", task.model_named(self.model or None))
+        object.__setattr__(self, "model", task.model_named(self.model or None, self.size))
         if self.seed < 0:
             raise HalfbyteError(f"seed={self.seed} was asked for; a seed is 0 or more.")
         if self.fine_tune < 0:
@@ -80,7 +81,8 @@ class Run:
         recipe = recipes.get(self.recipe)
         return {
             **dataclasses.asdict(self),
-            "settings": dataclasses.asdict(tasks.get(self.task).settings(self.size)),
+            # As a record or a checkpoint gives it back: JSON knows no tuples.
+            "settings": json.loads(json.dumps(dataclasses.asdict(tasks.get(self.task).settings(self.size)))),
             "recipe_text": str(recipe),
             "conventions": phases.conventions(recipe, fine_tune=self.fine_tune),
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import HalfbyteError
-from .split import Split
+from .source import Data, Examples
 
 __all__ = ["load"]
 
@@ -17,7 +17,7 @@ _SPLIT_SEED = 2020  # Part of the task's definition: every run is judged by the 
 _TEST_FRACTION = 0.2
 
 
-def load() -> Split:
+def load() -> Data:
     """The digits, split four to one with the same share of every class on both sides.
 
     Returns:
@@ -46,9 +46,7 @@ def load() -> Split:
         test_rows.append(rows[:kept])
         train_rows.append(rows[kept:])
     train, test = torch.cat(train_rows).sort().values, torch.cat(test_rows).sort().values
-    return Split(
-        train_inputs=images[train],
-        train_targets=classes[train],
-        test_inputs=images[test],
-        test_targets=classes[test],
+    return Data(
+        train=Examples(inputs=images[train], targets=classes[train]),
+        test=Examples(inputs=images[test], targets=classes[test]),
     )
