@@ -21,6 +21,7 @@ from halfbyte.auditing import audit
 from halfbyte.kernels import reference
 from halfbyte.ops import three_gemms
 from halfbyte.quantizers import Quantized, log
+from kernel_faults import replace_kernel
 
 convert = importlib.import_module("halfbyte.convert")  # The package, whose name the function has too.
 
@@ -48,14 +49,14 @@ def test_a_missing_dependency_is_a_failed_audit(monkeypatch: pytest.MonkeyPatch)
     def encode(*_: object, **__: object) -> Tensor:
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(reference, "encode", encode)
+    replace_kernel(monkeypatch, "encode", encode)
     assert "The step raised ModuleNotFoundError: No module named 'triton'" in reasons(audited())
 
 
 def test_wrong_rounding_to_nearest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of numbers that are 3 % too small: nearest is nearest no more (fp4-trainkit)."""
     real = reference.encode
-    monkeypatch.setattr(reference, "encode", lambda x, *args, **how: real(x * 0.97, *args, **how))
+    replace_kernel(monkeypatch, "encode", lambda x, *args, **how: real(x * 0.97, *args, **how))
     found = reasons(audited())
     assert "codes are not the nearest number" in found
     assert "Self-test, Sawb(levels=15), nearest" in found
@@ -68,7 +69,7 @@ def test_biased_stochastic_rounding_is_caught(monkeypatch: pytest.MonkeyPatch) -
     def biased(*args: object, noise: Tensor, **how: object) -> Tensor:
         return real(*args, noise=noise * 0.9, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reference, "encode_stochastic", biased)
+    replace_kernel(monkeypatch, "encode_stochastic", biased)
     assert "Self-test, Luq(), unbiased: the mean of 4096 draws" in reasons(audited("luq"))
 
 
@@ -79,7 +80,7 @@ def test_a_small_bias_is_caught_in_all_draws_together(monkeypatch: pytest.Monkey
     def biased(*args: object, noise: Tensor, **how: object) -> Tensor:
         return real(*args, noise=noise * 0.98, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reference, "encode_stochastic", biased)
+    replace_kernel(monkeypatch, "encode_stochastic", biased)
     assert "Self-test, Luq(), unbiased: all draws together are" in reasons(audited("luq"))
 
 
@@ -116,7 +117,7 @@ def test_a_truncated_format_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
             x = x.clamp(-3 / inv_scale, 3 / inv_scale)
         return real(x, which, inv_scale=inv_scale, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reference, "encode", truncated)
+    replace_kernel(monkeypatch, "encode", truncated)
     found = reasons(audited("nvfp4"))
     assert "6.0 with scale 1 became 3 in fp4_e2m1, the nearest is 6" in found
     assert "codes are not the nearest number" in found
@@ -135,7 +136,7 @@ def test_ties_away_from_even_are_caught(monkeypatch: pytest.MonkeyPatch) -> None
             x, inv_scale = torch.where(tie, z * 1.01, z), torch.ones_like(inv_scale)
         return real(x, which, inv_scale=inv_scale, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reference, "encode", away)
+    replace_kernel(monkeypatch, "encode", away)
     found = reasons(audited("mxfp4"))
     assert "0.25 with scale 1 became 0.5 in fp4_e2m1, the nearest is 0" in found
     assert "codes are not the nearest number" not in found
@@ -150,7 +151,7 @@ def test_ties_away_from_even_are_caught_in_integers(monkeypatch: pytest.MonkeyPa
         half = (z - z.trunc()).abs() == 0.5
         return real(torch.where(half, z * 1.01, z), which, inv_scale=torch.ones_like(inv_scale), **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reference, "encode", away)
+    replace_kernel(monkeypatch, "encode", away)
     assert "0.5 with scale 1 became 1 in int4, the nearest is 0" in reasons(audited())
 
 
@@ -193,7 +194,7 @@ def test_a_conversion_that_inserts_nothing_is_caught(
 def test_a_gradient_of_zeros_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stochastic kernel that returns zeros: training would run on zero gradients (TransformerEngine PR 3281)."""
     real = reference.encode_stochastic
-    monkeypatch.setattr(reference, "encode_stochastic", lambda *args, **how: torch.zeros_like(real(*args, **how)))
+    replace_kernel(monkeypatch, "encode_stochastic", lambda *args, **how: torch.zeros_like(real(*args, **how)))
     found = reasons(audited("luq"))
     assert "2, dgrad: dgrad.grad_output: every code is zero, but the gradient is not" in found
     assert "2, wgrad: wgrad.grad_output: every code is zero, but the gradient is not" in found

@@ -11,7 +11,8 @@ import torch
 from golden import RADIX4
 from halfbyte import Nearest, Phase, Radix4, TwoPhase, formats, oracle, quantize
 from halfbyte.errors import SpecError, UnknownNameError
-from halfbyte.quantizers.grid import largest_log2_scale, power_of_two
+from halfbyte.quantizers.grid import largest_log2_scale
+from halfbyte.quantizers.number import power_of_two
 
 FLOATS = ["fp4_e3m0_r4", "fp4_e3m0_r4_odd", "fp4_e3m0", "fp4_e2m1", "fp4_e1m2", "fp8_e4m3", "fp8_e5m2"]
 

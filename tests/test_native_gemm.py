@@ -39,12 +39,16 @@ MORE = {
     "panels": conv((2, 70, 5, 5), (67, 70, 3, 3), padding=1),
     "tall": conv((1, 2, 2100, 3), (3, 2, 3, 3), padding=1),
     "3d_grouped": conv((2, 4, 5, 4, 4), (6, 2, 3, 1, 2), stride=2, padding=1, groups=2),
+    "many_images": conv((37, 20, 4, 4), (18, 20, 3, 3), padding=1),
+    "cut_rows": conv((1, 17, 40, 33), (66, 17, 3, 3), padding=2, dilation=2),
+    "depthwise_many": conv((2, 48, 9, 9), (48, 1, 3, 3), padding=1, groups=48),
     "many_rows": Linear(rows=1300, in_features=70, out_features=131),
     "many_columns": Linear(rows=5, in_features=3, out_features=8300),
     "long": Linear(rows=30, in_features=1300, out_features=67),
     "batches": Batched(batch=9, rows=5, columns=66, inner=33),
 }
 ALL = {**GEOMETRIES, **MORE}
+METHOD_KINDS = ["many_rows", "long", "batches", "panels", "strided", "many_images", "cut_rows"]
 
 
 @pytest.fixture(autouse=True)
@@ -101,12 +105,12 @@ def test_every_pair_of_formats(isa: str, which: str, kind: str) -> None:
 def test_every_method_and_window(isa: str, which: str, method: str) -> None:
     """Each way to multiply gives the same sums, wherever the window lies and however many codes are outside."""
     for geometry, bottom, outside in itertools.product(
-        (MORE["many_rows"], MORE["long"], MORE["panels"], MORE["strided"], MORE["batches"]), range(4), (0.0, 0.03, 0.9)
+        [MORE[kind] for kind in METHOD_KINDS], range(4), (0.0, 0.03, 0.9)
     ):
         shape_a, shape_b = operand_shapes(geometry, which)
         a = qtensor(gradient_codes(shape_a, bottom, outside), R4)
         b = qtensor(random_codes(formats.int4, shape_b), formats.int4)
-        got = native_gemm._product(which, a, b, geometry, None, METHODS[method])
+        got = native_gemm._product(which, a, b, geometry, method=METHODS[method])
         assert torch.equal(got.double(), reference.accumulators(which, a, b, geometry))
 
 
@@ -117,7 +121,7 @@ def test_one_row_of_every_length(isa: str, method: str) -> None:
         geometry = Linear(rows=2, in_features=inner, out_features=3)
         a = qtensor(gradient_codes((2, inner), 2, 0.2), R4)
         b = qtensor(random_codes(formats.int4, (3, inner)), formats.int4)
-        got = native_gemm._product("fprop", a, b, geometry, None, METHODS[method])
+        got = native_gemm._product("fprop", a, b, geometry, method=METHODS[method])
         assert torch.equal(got.double(), reference.accumulators("fprop", a, b, geometry))
 
 
@@ -206,6 +210,67 @@ def test_a_scale_of_nan_makes_every_product_nan() -> None:
     a, b = operands("dgrad", geometry, R4, formats.int4)
     broken = replace(a, scale=torch.tensor(float("nan")))
     assert native.gemm("dgrad", broken, b, geometry).isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("which", GEMMS)
+def test_prepared_operands(isa: str, which: str, rows: int) -> None:
+    """Products with one prepared operand are the reference's, whichever method each of them takes."""
+    geometry = Linear(rows=rows, in_features=70, out_features=1300)
+    shape_a, shape_b = operand_shapes(geometry, which)
+    b = qtensor(random_codes(formats.int4, shape_b), formats.int4)
+    ready = native_gemm.prepare(b)
+    for a in (
+        qtensor(random_codes(formats.uint4, shape_a), formats.uint4),
+        qtensor(gradient_codes(shape_a, 2, 0.03), R4),
+        qtensor(gradient_codes(shape_a, 0, 0.9), R4),
+        qtensor(random_codes(formats.int8, shape_a), formats.int8),
+    ):
+        assert torch.equal(native.gemm(which, a, ready, geometry), reference.gemm(which, a, b, geometry))
+
+
+def test_a_prepared_operand_is_packed_once_for_each_layout() -> None:
+    """Many products with a prepared operand share its panels: 8-bit ones, and 16-bit ones where they are needed."""
+    geometry = Linear(rows=3, in_features=70, out_features=130)
+    a, b = operands("dgrad", geometry, formats.int4, formats.int4)
+    ready = native_gemm.prepare(b)
+    spread = qtensor(gradient_codes((3, 130), 0, 0.9), R4)
+    for left, packed in ((a, 1), (a, 1), (spread, 2), (a, 2), (spread, 2)):
+        before = list(ready.panels.values())
+        native.gemm("dgrad", left, ready, geometry)
+        assert len(ready.panels) == packed
+        assert all(old is kept for old, kept in zip(before, ready.panels.values(), strict=False))
+
+
+def test_the_window_is_taken_where_few_codes_are_outside(isa: str) -> None:
+    """A gradient of four levels is multiplied in 8 bits wherever they lie, one of all levels in 16."""
+    if isa != "avx512":
+        pytest.skip("the window needs AVX-512 with VNNI")
+    geometry = Linear(rows=40, in_features=140, out_features=130)
+    b = qtensor(random_codes(formats.int4, (130, 140)), formats.int4)
+    for bottom, outside, words in ((0, 0.02, False), (2, 0.02, False), (3, 0.0, False), (1, 0.3, True)):
+        ready = native_gemm.prepare(b)
+        native.gemm("dgrad", qtensor(gradient_codes((40, 130), bottom, outside), R4), ready, geometry)
+        assert [key[-1] for key in ready.panels] == [words]
+
+
+def test_panels_beyond_their_limit_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operand whose panels would take more than the limit is packed for each product, with the same result."""
+    geometry = Linear(rows=3, in_features=70, out_features=130)
+    a, b = operands("fprop", geometry, formats.int4, formats.int4)
+    ready = native_gemm.prepare(b)
+    monkeypatch.setattr(native_gemm, "_MOST_PANELS", 1000)
+    assert torch.equal(native.gemm("fprop", a, ready, geometry), reference.gemm("fprop", a, b, geometry))
+    assert not ready.panels
+
+
+def test_scales_beyond_float32_multiply_first(isa: str) -> None:
+    """Scales whose product passes float32 before the unit brings it back give the reference's finite result."""
+    geometry = Linear(rows=1, in_features=1, out_features=20)
+    a, b = qtensor(torch.ones(1, 1), R4, 2e30), qtensor(torch.ones(20, 1), formats.int4, 2e8)
+    got = native.gemm("fprop", a, b, geometry)
+    assert got.isfinite().all()
+    assert torch.equal(got, reference.gemm("fprop", a, b, geometry))
 
 
 def test_what_goes_to_the_reference() -> None:

@@ -15,7 +15,7 @@ import halfbyte as hb
 from halfbyte import kernels
 from halfbyte.errors import NonFiniteWarning, UnsupportedError
 from halfbyte.kernels import reference
-from halfbyte.ops import Plan
+from halfbyte.ops import Plan, layer_pass
 from halfbyte.recipes import Dgrad, Fprop, Recipe, Wgrad
 
 EVERY_LAYER = {
@@ -31,8 +31,8 @@ EVERY_LAYER = {
 
 
 def everywhere(model: nn.Module, recipe: str | Recipe) -> nn.Module:
-    """The model with every layer under the recipe, whatever the recipe's own rules."""
-    return hb.convert(model, recipe, [hb.Rule(recipe=recipe)])
+    """The model with every layer under the recipe, whatever the recipe's own rules, on the reference backend."""
+    return hb.convert(model, recipe, [hb.Rule(recipe=recipe)], backend="reference")
 
 
 def operands(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -214,6 +214,32 @@ def test_sixteen_bit_inputs_are_computed_from_the_widened_value(dtype: torch.dty
     assert torch.equal(seen16["fprop.a"].codes(), seen32["fprop.a"].codes())
     assert torch.equal(seen16["y"], seen32["y"].to(dtype))
     assert x16.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("recipe", [name for name, recipe in hb.RECIPES.items() if not recipe.in_floating_point])
+def test_what_is_read_as_it_is_gives_the_bits_of_the_widened(
+    recipe: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantizers that read 16 bits directly make what they make of a float32 copy: results, gradients, state."""
+    found = []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(layer_pass.Pass, "widen", lambda _, kind, x: layer_pass.wide(x))
+        torch.manual_seed(0)
+        layer = hb.convert(
+            nn.Linear(40, 12),
+            recipe,
+            [hb.Rule(recipe=hb.RECIPES[recipe])],
+            seed=1 if hb.RECIPES[recipe].random else None,
+        )
+        for _ in range(2):
+            x = torch.rand(32, 40).to(dtype).requires_grad_()
+            y = layer(x)
+            y.backward((torch.randn(y.shape) * 1e-3).to(dtype))
+            found.append([y.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad.clone()])
+        found[-1] += list(layer.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(found[0] + found[1], found[2] + found[3], strict=True))
 
 
 def test_a_float64_layer_decides_in_float64() -> None:

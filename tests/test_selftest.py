@@ -16,6 +16,7 @@ from halfbyte.kernels import reference
 from halfbyte.ops import Plan
 from halfbyte.quantizers import Quantizer, Spec, block
 from halfbyte.recipes import Dgrad, Fprop, Recipe, Wgrad
+from kernel_faults import replace_kernel
 
 FORWARD = [
     hb.AbsMax(bits=4),
@@ -183,13 +184,13 @@ def scaled_before(factor: float) -> object:
 )
 def test_rounding_that_is_not_nearest_fails(monkeypatch: pytest.MonkeyPatch, spec: Spec) -> None:
     """Whatever the spec, codes of numbers 5 % too large are not the nearest."""
-    monkeypatch.setattr(reference, "encode", scaled_before(1.05))
+    replace_kernel(monkeypatch, "encode", scaled_before(1.05))
     assert "nearest" in failures(results(forward=spec))
 
 
 def test_ties_to_zero_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Radix 4 rounds ties away from zero; one unit in the last place less, and each tie goes to zero."""
-    monkeypatch.setattr(reference, "encode", scaled_before(1 - 2.0**-24))
+    replace_kernel(monkeypatch, "encode", scaled_before(1 - 2.0**-24))
     found = failures(results(gradient=hb.Radix4()))["nearest"]
     assert "0.009765625 with scale 1 became 0 in fp4_e3m0_r4, the nearest is 0.015625" in found
 
@@ -197,7 +198,7 @@ def test_ties_to_zero_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_infinity_that_wraps_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinity that becomes zero instead of the last code."""
     real = reference.encode
-    monkeypatch.setattr(reference, "encode", lambda x, *a, **how: real(x.nan_to_num(posinf=0, neginf=0), *a, **how))
+    replace_kernel(monkeypatch, "encode", lambda x, *a, **how: real(x.nan_to_num(posinf=0, neginf=0), *a, **how))
     assert "infinities became" in failures(results(forward=hb.Sawb()))["nearest"]
 
 
@@ -222,7 +223,7 @@ def with_noise(change: object) -> object:
 @pytest.mark.parametrize("spec", STOCHASTIC, ids=str)
 def test_rounding_that_only_looks_random_fails(monkeypatch: pytest.MonkeyPatch, spec: Spec) -> None:
     """Noise that is always one half is rounding to nearest: biased, and deaf to the seed."""
-    monkeypatch.setattr(reference, "encode_stochastic", with_noise(lambda noise: torch.full_like(noise, 0.5)))
+    replace_kernel(monkeypatch, "encode_stochastic", with_noise(lambda noise: torch.full_like(noise, 0.5)))
     found = failures(results(gradient=spec))
     assert {"unbiased", "seed acts"} <= set(found)
     assert found["seed acts"] == "two seeds give the same codes"
@@ -237,7 +238,7 @@ def test_noise_beyond_the_neighbors_fails(monkeypatch: pytest.MonkeyPatch, spec:
         z = x * inv_scale + (noise.view_as(x) - 0.5) * 2
         return real(z, fmt, inv_scale=torch.ones_like(inv_scale), noise=noise.flip(0), **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reference, "encode_stochastic", wide)
+    replace_kernel(monkeypatch, "encode_stochastic", wide)
     assert "codes are not one of the two numbers around" in failures(results(gradient=spec))["neighbors"]
 
 
@@ -285,7 +286,7 @@ def test_a_scale_rule_that_is_another_fails(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_range_without_its_negative_end_fails(monkeypatch: pytest.MonkeyPatch, spec: Spec) -> None:
     """A scale from the largest number, as if it were the largest magnitude, is found for every spec that measures."""
     real = reference.value_range
-    monkeypatch.setattr(reference, "value_range", lambda x: (real(x)[1].clamp_max(0), real(x)[1]))
+    replace_kernel(monkeypatch, "value_range", lambda x: (real(x)[1].clamp_max(0), real(x)[1]))
     plan = {"gradient": spec} if spec.stochastic else {"forward": spec}
     if isinstance(spec, hb.Sawb):  # Its clip comes from moments: the range only says whether a NaN is there.
         assert failures(results(**plan)) == {}
@@ -296,7 +297,7 @@ def test_a_range_without_its_negative_end_fails(monkeypatch: pytest.MonkeyPatch,
 def test_a_layer_scale_without_the_negative_end_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient scale of a layer follows the largest magnitude, not the largest number."""
     real = reference.value_range
-    monkeypatch.setattr(reference, "value_range", lambda x: (real(x)[1], real(x)[1]))
+    replace_kernel(monkeypatch, "value_range", lambda x: (real(x)[1], real(x)[1]))
     assert "the scale of [-4, 1] is" in failures(results(gradient=hb.Radix4()))["scale"]
 
 
@@ -309,7 +310,7 @@ def test_two_phases_that_are_one_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_phases_that_do_not_cancel_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds that lie too low make both phases round up, though the odd one is still half the even one."""
-    monkeypatch.setattr(reference, "encode", scaled_before(1.3))
+    replace_kernel(monkeypatch, "encode", scaled_before(1.3))
     found = results(gradient=hb.Radix4(), other=hb.Radix4(phase=hb.Phase.ODD))
     assert failures(found)["two phases"].startswith("both phases round up")
 
@@ -327,5 +328,5 @@ def test_a_quantizer_that_raises_has_failed(monkeypatch: pytest.MonkeyPatch) -> 
     def encode(*_: object, **__: object) -> Tensor:
         raise ImportError("no kernel here")
 
-    monkeypatch.setattr(reference, "encode", encode)
+    replace_kernel(monkeypatch, "encode", encode)
     assert failures(results(forward=hb.Sawb()))["nearest"] == "it raised ImportError: no kernel here"

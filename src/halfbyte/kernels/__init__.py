@@ -15,9 +15,11 @@ from torch import Tensor
 from ..errors import UnknownNameError
 from ..formats import Format
 from ..qtensor import QTensor
+from ..rng import Draw
 from . import native, reference
 from .geometry import Batched, Conv, ConvTranspose, Gemm, Geometry, Linear, Reduction
 from .reference.gemm import Accumulate
+from .stash import StashKernels
 
 __all__ = [
     "BACKENDS",
@@ -30,13 +32,14 @@ __all__ = [
     "Geometry",
     "Linear",
     "Reduction",
+    "StashKernels",
     "describe",
     "get",
     "resolve",
 ]
 
 
-class Backend(Protocol):
+class Backend(StashKernels, Protocol):
     """What a backend can do. The functions of `halfbyte.kernels.reference` say what each means."""
 
     def value_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,6 +87,35 @@ class Backend(Protocol):
         """Packed codes, rounded at random."""
         ...
 
+    def encode_each_with_range(
+        self, x: Tensor, fmts: Sequence[Format], *, inv_scale: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """`encode_each` and `value_range` together."""
+        ...
+
+    def encode_drawn(
+        self,
+        x: Tensor,
+        fmt: Format,
+        *,
+        inv_scale: Tensor,
+        draw: Draw,
+        part: int = 0,
+        code_range: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Packed codes, rounded at random by a draw's numbers."""
+        ...
+
+    def uniform(self, numel: int, draw: Draw, part: int = 0) -> Tensor:
+        """A draw's numbers."""
+        ...
+
+    def encode_clipped(
+        self, x: Tensor, fmt: Format, *, clip: Tensor, code_range: tuple[int, int], mask: bool = True
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """`encode`, `value_range` and `clip_bits` together, for a learned clip."""
+        ...
+
     def clip_bits(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed bits: inside a clip, and exactly at it."""
         ...
@@ -94,6 +126,16 @@ class Backend(Protocol):
 
     def accumulators(self, which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
         """The exact sums of products of the codes' integers, in float64: what every backend must agree on."""
+        ...
+
+    def prepare(self, b: QTensor) -> QTensor:
+        """The same second operand, ready for many products."""
+        ...
+
+    def computed_by(
+        self, which: Gemm, a: QTensor | Tensor, b: QTensor | Tensor, geometry: Geometry, accumulate: Accumulate, /
+    ) -> str:
+        """The name of the backend that computes a product: this one, or the one that it hands it to."""
         ...
 
     def gemm(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..kernels import Batched, Conv, ConvTranspose, Geometry, Linear
 from .layer_pass import Pass
+from .operator import Kind, lay_out, traced
 from .plan import Plan
 from .three_gemms import ThreeGemms, add_bias, out_dtype
 
@@ -36,11 +36,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor
             f"linear: an input of shape {tuple(x.shape)} was given to a weight of shape {tuple(weight.shape)}; "
             f"the input's last dimension must be {weight.shape[1]}."
         )
-    if plan.recipe.in_floating_point:
+    if plan.in_floating_point:
         return in_dtype(torch.nn.functional.linear, plan, x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    geometry = Linear(rows=rows.shape[0], in_features=weight.shape[1], out_features=weight.shape[0])
-    return _run(rows, weight, bias, plan, geometry).view(*x.shape[:-1], weight.shape[0])
+    return _run(rows, weight, bias, plan, "linear").view(*x.shape[:-1], weight.shape[0])
 
 
 def conv(
@@ -69,18 +68,10 @@ def conv(
     Returns:
         (N, O, *spatial) in the type of x, or autocast's where that is on.
     """
-    if plan.recipe.in_floating_point:
+    if plan.in_floating_point:
         function = (torch.conv1d, torch.conv2d, torch.conv3d)[len(stride) - 1]
         return in_dtype(function, plan, x, weight, bias, stride, padding, dilation, groups)
-    geometry = Conv(
-        input_shape=tuple(x.shape),
-        weight_shape=tuple(weight.shape),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-    )
-    return _run(x, weight, bias, plan, geometry)
+    return _run(x, weight, bias, plan, "conv", (groups, *stride, *padding, *dilation))
 
 
 def conv_transpose(
@@ -111,24 +102,10 @@ def conv_transpose(
     Returns:
         (N, O, *spatial) in the type of x, or autocast's where that is on.
     """
-    if plan.recipe.in_floating_point:
+    if plan.in_floating_point:
         function = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(stride) - 1]
         return in_dtype(function, plan, x, weight, bias, stride, padding, output_padding, groups, dilation)
-    spatial = tuple(
-        (size - 1) * step - 2 * pad + dil * (kernel - 1) + extra + 1
-        for size, step, pad, dil, kernel, extra in zip(
-            x.shape[2:], stride, padding, dilation, weight.shape[2:], output_padding, strict=True
-        )
-    )
-    mirror = Conv(
-        input_shape=(x.shape[0], weight.shape[1] * groups, *spatial),
-        weight_shape=tuple(weight.shape),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-    )
-    return _run(x, weight, bias, plan, ConvTranspose(conv=mirror))
+    return _run(x, weight, bias, plan, "conv_transpose", (groups, *stride, *padding, *dilation, *output_padding))
 
 
 def matmul(a: Tensor, b: Tensor, plan: Plan) -> Tensor:
@@ -149,10 +126,9 @@ def matmul(a: Tensor, b: Tensor, plan: Plan) -> Tensor:
         raise ValueError(
             f"matmul: shapes {tuple(a.shape)} and {tuple(b.shape)} were given; (B, M, K) and (B, N, K) are possible."
         )
-    if plan.recipe.in_floating_point:
+    if plan.in_floating_point:
         return in_dtype(lambda x, w, _: x @ w.mT, plan, a, b, None)
-    geometry = Batched(batch=a.shape[0], rows=a.shape[1], columns=b.shape[1], inner=a.shape[2])
-    return _run(a, b, None, plan, geometry)
+    return _run(a, b, None, plan, "matmul")
 
 
 def in_dtype(function: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
@@ -176,12 +152,11 @@ def not_compiled(function: Any, *args: Any) -> Any:
     return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry) -> Tensor:
-    result: Tensor = not_compiled(_run_eagerly, x, weight, bias, plan, geometry)
-    return result
-
-
-def _run_eagerly(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry) -> Tensor:
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, kind: Kind, steps: tuple[int, ...] = ()) -> Tensor:
+    """A layer, eagerly or as an operator of the graph that is being compiled; see `lay_out`."""
+    if torch.compiler.is_compiling():
+        return traced(x, weight, bias, plan, kind, steps)
+    geometry = lay_out(kind, x.shape, weight.shape, steps)
     if is_abstract(x, weight):
         return add_bias(geometry.apply("fprop", x, weight), bias).to(out_dtype(x))
     learned = [None if q is None else q.learned for q in (plan.input, plan.weight)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -40,6 +40,13 @@ _NUMBER = {
 }
 """Numbers of the slots and, for their signs, of the transforms, in the key of the random numbers."""
 
+_READERS = {
+    "input": ("fprop.input", "wgrad.input"),
+    "weight": ("fprop.weight", "dgrad.weight"),
+    "grad_output": ("dgrad.grad_output", "wgrad.grad_output"),
+}
+"""The slots that read a tensor."""
+
 _PLACE: dict[str, tuple[Gemm, int]] = {
     "fprop.input": ("fprop", 0),
     "fprop.weight": ("fprop", 1),
@@ -48,9 +55,12 @@ _PLACE: dict[str, tuple[Gemm, int]] = {
 }
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 def wide(x: Tensor) -> Tensor:
     """float16 and bfloat16 as float32; everything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in _HALF else x
 
 
 @dataclass(eq=False)
@@ -60,7 +70,9 @@ class Pass:
     Attributes:
         plan: the layer's numerics.
         geometry: its shape.
-        observe: whether state may move.
+        observe: whether the forward pass may move state.
+        observe_gradient: whether the backward pass may. A recomputed forward pass moves nothing again, but where a
+            compiled graph is recomputed, the one backward pass that there is belongs to it.
         step: the number of the pass; int64 of shape ().
         time: the number of the step in a sequence, for a recurrent layer.
         graph: whether there can be a backward pass.
@@ -69,24 +81,48 @@ class Pass:
     plan: Plan
     geometry: Geometry
     observe: bool
+    observe_gradient: bool
     step: Tensor
     time: int = 0
     graph: bool = True
     _signs: dict[Gemm, Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, plan: Plan, geometry: Geometry, weight: Tensor) -> Pass:
-        """Begins a forward pass."""
-        observe = plan.begin(weight)
-        return cls(plan, geometry, observe, plan.step.clone(), graph=torch.is_grad_enabled())
+    def start(
+        cls, plan: Plan, geometry: Geometry, weight: Tensor, *, grad: bool | None = None, trained: bool | None = None
+    ) -> Pass:
+        """Begins a forward pass.
+
+        Args:
+            plan: the layer's numerics.
+            geometry: its shape.
+            weight: its weight.
+            grad: whether gradients are being recorded; None asks torch.
+            trained: whether the weight is to get one; None asks the weight.
+        """
+        grad = torch.is_grad_enabled() if grad is None else grad
+        trained = weight.requires_grad if trained is None else trained
+        observe = plan.begin(weight, grad=grad, trained=trained)
+        return cls(plan, geometry, observe, plan.training and grad, plan.step.clone(), graph=grad)
 
     def at(self, geometry: Geometry, time: int) -> Pass:
         """The same pass for one step of a sequence, or for all of them together."""
-        return Pass(self.plan, geometry, self.observe, self.step, time, self.graph, self._signs)
+        return replace(self, geometry=geometry, time=time)
 
     def inside(self) -> AbstractContextManager[object]:
         """The watcher's, around what the layer computes."""
         return nullcontext() if self.plan.watcher is None else self.plan.watcher.inside()
+
+    def widen(self, kind: Literal["input", "weight", "grad_output"], x: Tensor) -> Tensor:
+        """`wide`, but where all that reads x is quantizers, which take 16 bits as they are."""
+        if x.dtype not in _HALF or self.plan.watcher is not None:
+            return wide(x)
+        recipe = self.plan.recipe
+        for name in _READERS[kind]:
+            spec, gemm = recipe.slots[name], name.partition(".")[0]
+            if spec is None or recipe.transforms[gemm] is not None:  # type: ignore[index]
+                return wide(x)
+        return x
 
     def use(self, slot: str, gemm: Gemm, operand: int, partner: Operand | None = None) -> Use:
         """What a slot's tensor is quantized for."""
@@ -145,7 +181,7 @@ class Pass:
         parts: dict[Gemm, Parts] = {gemm: (x,) for gemm, x in turned.items()}
         if quantizer is not None and partners:
             uses = {gemm: self.use(f"{gemm}.grad_output", gemm, 0, partner) for gemm, partner in partners.items()}
-            parts = quantizer.quantize(turned, uses, observe=self.observe)
+            parts = quantizer.quantize(turned, uses, observe=self.observe_gradient)
         if self.plan.watcher is not None:
             for gemm, x in turned.items():
                 self.plan.watcher.operand(self.plan, f"{gemm}.grad_output", x, parts[gemm])

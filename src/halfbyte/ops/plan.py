@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..distributed import rank
-from ..errors import ConversionError
+from ..errors import ConversionError, UnsupportedError
 from ..formats import Format
 from ..kernels import Gemm, Geometry
 from ..qtensor import QTensor
@@ -19,7 +21,10 @@ from ..quantizers import GradQuantizer, GradScaleState, Parts, Quantizer, Spec, 
 from ..recipes import REUSE, Recipe, Requantize
 from ..rng import Draw
 
-__all__ = ["Plan", "Watcher"]
+__all__ = ["Plan", "Watcher", "plan_of"]
+
+_HANDLES = itertools.count()
+_PLANS: WeakValueDictionary[int, Plan] = WeakValueDictionary()
 
 
 class Watcher(Protocol):
@@ -52,6 +57,7 @@ class Plan(Stateful):
 
     Attributes:
         recipe: what it was built from; at least one slot holds a spec, or `Recipe.dtype` is set.
+        in_floating_point: whether no slot holds a spec.
         backend: a name in `halfbyte.kernels.BACKENDS`.
         input: quantizer of ``fprop.input``, or None.
         weight: quantizer of ``fprop.weight``, or None.
@@ -62,6 +68,8 @@ class Plan(Stateful):
         layer: the layer's number in its model.
         step: how many training forward passes there have been; int64 of shape ().
         watcher: who looks on, or None.
+        handle: the number by which `plan_of` finds the plan in this process; int64 of shape (), on the CPU. A tensor,
+            so that one compiled graph serves every layer of one shape.
     """
 
     input: Quantizer | None
@@ -71,6 +79,7 @@ class Plan(Stateful):
     grad_output: GradQuantizer | None
     weight_checksum: Tensor
     step: Tensor
+    handle: Tensor
 
     def __init__(
         self,
@@ -99,6 +108,7 @@ class Plan(Stateful):
         kernels.get(backend)
         # A layer has no use for the rules that chose its recipe, and they may hold functions that cannot be pickled.
         self.recipe = replace(recipe, rules=())
+        self.in_floating_point = recipe.in_floating_point
         self.backend, self.seed, self.layer = backend, seed, layer
         slots = {
             "input": recipe.fprop.input,
@@ -129,6 +139,16 @@ class Plan(Stateful):
         self._weight_version = -1
         self._passed_over = False
         self.watcher: Watcher | None = None
+        self._take_handle()
+
+    def _take_handle(self) -> None:
+        number = next(_HANDLES)
+        self.handle = torch.tensor(number, device="cpu")
+        _PLANS[number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._take_handle()  # a copy is another plan
 
     @property
     def kernels(self) -> kernels.Backend:
@@ -161,7 +181,7 @@ class Plan(Stateful):
         """Where the random numbers of one operand come from in one step."""
         return Draw(seed=self.seed, layer=self.layer, step=step, operand=operand, rank=rank())
 
-    def begin(self, weight: Tensor) -> bool:
+    def begin(self, weight: Tensor, *, grad: bool, trained: bool) -> bool:
         """Starts a forward pass: settles the vote if the optimizer has stepped; returns whether state may move.
 
         A step is seen by the weight's version, which in-place updates raise, or its bits, of which a checksum is kept
@@ -169,8 +189,13 @@ class Plan(Stateful):
         trained has no steps, so there each training forward counts; a scale that other layers share follows theirs.
         Activation checkpointing runs a forward pass twice, the first time, in one of its two forms, without gradients:
         then the second moves the state in its place.
+
+        Args:
+            weight: the layer's.
+            grad: whether gradients are being recorded.
+            trained: whether the weight is to get one.
         """
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and grad):
             self._passed_over = self.training
             return False
         again = in_backward() and not self._passed_over
@@ -182,7 +207,7 @@ class Plan(Stateful):
         if scale is not None:
             seen = _checksum(weight)
             stepped = (seen != self.weight_checksum) | (weight._version != self._weight_version)
-            if not weight.requires_grad:
+            if not trained:
                 stepped = torch.full_like(stepped, not scale.spec.shared)
             scale.advance(stepped)
             self.weight_checksum.copy_(seen)
@@ -209,6 +234,20 @@ class Plan(Stateful):
 
     def extra_repr(self) -> str:
         return f"recipe={self.recipe.name}, backend={self.backend}"
+
+
+def plan_of(handle: Tensor) -> Plan:
+    """The plan that has that handle.
+
+    Raises:
+        UnsupportedError: if it is gone, with the model that it was part of.
+    """
+    plan = _PLANS.get(int(handle))
+    if plan is None:
+        raise UnsupportedError(
+            "A compiled graph was run whose model no longer exists in this process. Keep the model while you use it."
+        )
+    return plan
 
 
 def _checksum(weight: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class Recurrence:
         self.sequence = _Sequence(self.weight, self.plan)
         learned = None if self.plan.weight is None else self.plan.weight.learned
         self.anchor: Tensor = _Anchor.apply(self.weight, learned, self.sequence)  # type: ignore[no-untyped-call]
+        # Not the sequence's: what the steps of the forward pass share must not stay until the backward pass.
+        self.weight_codes = _for_many(self.plan, self.sequence.weight_codes)
 
     def __call__(self, h: Tensor) -> Tensor:
         """One step.
@@ -73,7 +75,9 @@ class Recurrence:
         run = sequence.run.at(sequence.shape(h.shape[0]), self.steps)
         self.steps += 1
         learned = None if self.plan.input is None else self.plan.input.learned
-        result: Tensor = _Step.apply(h, self.anchor, learned, run, sequence)  # type: ignore[no-untyped-call]
+        result: Tensor = _Step.apply(  # type: ignore[no-untyped-call]
+            h, self.anchor, learned, self.weight_codes, run, sequence
+        )
         return result
 
 
@@ -110,10 +114,14 @@ class _Sequence:
         self.collected[time] = given, grad
 
     def dgrad_weight(self) -> Operand:
-        """What every step's dgrad multiplies; made once."""
+        """What every step's dgrad multiplies; made once in a walk through the graph."""
         if self._taken is None:
-            self._taken = self.run.take("weight", self.kept_weight)
+            self._taken = _for_many(self.plan, self.run.take("weight", self.kept_weight))
         return self._taken
+
+    def end_walk(self) -> None:
+        """Every step's dgrad is done: drops what they shared."""
+        self._taken = None
 
     def wgrad(self) -> Tensor:
         """The weight's gradient, in the space of fprop's codes, from what all steps laid aside."""
@@ -169,6 +177,7 @@ class _Anchor(torch.autograd.Function):
         refuse_second_derivative()
         sequence: _Sequence = ctx.sequence
         ((codes, saved),) = load(ctx)
+        sequence.end_walk()
         if not sequence.collected:
             return None, None, None
         with sequence.run.inside():
@@ -180,13 +189,21 @@ class _Step(torch.autograd.Function):
     """fprop of one step; dgrad in its backward, where its gradient is laid aside for the one wgrad."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, anchor: Tensor, learned: Tensor | None, run: Pass, sequence: _Sequence) -> Tensor:
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        anchor: Tensor,
+        learned: Tensor | None,
+        weight_codes: Operand,
+        run: Pass,
+        sequence: _Sequence,
+    ) -> Tensor:
         need_dgrad, need_wgrad = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[1]
         need_dgrad, need_wgrad = run.graph and need_dgrad, run.graph and need_wgrad
         full = wide(h)
         with run.inside():
             hq, h_saved = run.encode("fprop.input", full, differentiable=need_dgrad)
-            result = run.product("fprop", (hq,), sequence.weight_codes)
+            result = run.product("fprop", (hq,), weight_codes)
         # An input that wgrad quantizes by its own rule is kept as it is: that rule may look at all steps at once.
         chosen = run.plan.recipe.wgrad.input
         kept: Operand = hq if chosen is REUSE or isinstance(chosen, Requantize) else full
@@ -216,7 +233,12 @@ class _Step(torch.autograd.Function):
         if ctx.need[1]:
             sequence.lay_aside(run.time, kept, grad)
         anchor = torch.zeros((), device=grad.device) if ctx.need[1] else None
-        return None if grad_h is None else grad_h.to(ctx.dtype), anchor, learned, None, None
+        return None if grad_h is None else grad_h.to(ctx.dtype), anchor, learned, None, None, None
+
+
+def _for_many(plan: Plan, operand: Operand) -> Operand:
+    """An operand as its backend wants it for many products."""
+    return operand if isinstance(operand, Tensor) else plan.kernels.prepare(operand)
 
 
 def _stacked(parts: list[QTensor]) -> QTensor:

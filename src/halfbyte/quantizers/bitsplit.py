@@ -17,6 +17,7 @@ from torch import Tensor
 from ..formats import Format, int4
 from ..qtensor import Blocks, QTensor
 from .contract import Quantized, Quantizer, Spec, Use, require
+from .number import read
 
 __all__ = ["BitSplit"]
 
@@ -93,7 +94,7 @@ class _BitSplitQuantizer(Quantizer):
         amax = torch.maximum(low.abs(), high.abs()).double()
         whole = _BASE * (_TOP + 1)
         step = (amax / whole).float()
-        clean, step = self.screen(x, step, low, high, observe=observe)
+        clean, step = self.screen(x, step, read(low), read(high), observe=observe)
         scaled = clean.double() * torch.where(amax > 0, whole / amax, 0.0)
         upper = (scaled / _BASE).clamp(-_TOP, _TOP).round()
         rest = scaled - _BASE * upper
@@ -132,7 +133,7 @@ class _BitSplitQuantizer(Quantizer):
             norms = use.geometry.sum_over("fprop", 0, given.square()).expand(use.geometry.output_shape)
             score = score * norms.reshape(lies.shape).amax(lies.axis, keepdim=True).sqrt()
         probability = _probabilities(score.reshape(-1), score.numel() // 2).reshape(score.shape)
-        noise = use.uniform(score.numel(), 1).view(score.shape)
+        noise = self.kernels.uniform(score.numel(), *use.source(1)).view(score.shape)
         weight = torch.where(noise < probability, 1 / probability, 0.0).float()
         return (weight[0], weight[1]), blocks
 

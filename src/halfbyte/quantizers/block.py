@@ -22,7 +22,7 @@ from ..formats import Format, e8m0, fp4_e2m1, fp8_e4m3
 from ..kernels import Reduction
 from ..qtensor import Blocks, QTensor, pack_bits, unpack_bits
 from .contract import Quantized, Quantizer, Spec, Use, require
-from .grid import power_of_two
+from .number import power_of_two, read
 
 __all__ = ["MXFP4", "NVFP4"]
 
@@ -153,7 +153,7 @@ class _BlockQuantizer(Quantizer, abc.ABC):
         low, high = self.kernels.value_range(x)
         one = torch.ones((), dtype=torch.float32, device=x.device)
         # A number that float32 cannot hold has no scale and is as broken as an infinity.
-        clean, whole = self.screen(x.detach(), one, low.float(), high.float(), observe=observe)
+        clean, whole = self.screen(x.detach(), one, read(low.float()), read(high.float()), observe=observe)
         lies = use.view if use is not None else _last_dimension(x)
         sizes = [1] * len(lies.shape)
         sizes[lies.axis] = self.size

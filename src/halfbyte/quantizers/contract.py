@@ -115,9 +115,9 @@ class Use:
         """How the tensor lies along the reduction."""
         return self.geometry.reduction_view(self.gemm, self.operand)
 
-    def uniform(self, numel: int, purpose: int = 0) -> Tensor:
-        """Random numbers in [0, 1), float32 of shape (numel,); others for each purpose (below 4) and sample."""
-        return self.draw.uniform(numel, 4 * self.sample + purpose)
+    def source(self, purpose: int = 0) -> tuple[Draw, int]:
+        """The draw and which of its sets of numbers to take; another for each purpose (below 4) and sample."""
+        return self.draw, 4 * self.sample + purpose
 
 
 class Quantized(NamedTuple):
@@ -236,12 +236,20 @@ class Quantizer(NonFiniteCounter, abc.ABC):
         Raises:
             SpecError: if there is neither a use nor a seed to draw from.
         """
+        return self.kernels.uniform(x.numel(), *self.source(x, use))
+
+    def source(self, x: Tensor, use: Use | None) -> tuple[Draw, int]:
+        """Where random numbers for x come from: the draw, and which of its sets.
+
+        Raises:
+            SpecError: if there is neither a use nor a seed to draw from.
+        """
         if use is not None:
-            return use.uniform(x.numel())
+            return use.source()
         require(self.seed is not None, f"{self.spec} without a seed", "quantize(x, spec, seed=...) gives one")
         assert self.seed is not None
         first = torch.zeros((), dtype=torch.int64, device=x.device)
-        return Draw(seed=self.seed, layer=0, step=first, operand=0).uniform(x.numel())
+        return Draw(seed=self.seed, layer=0, step=first, operand=0), 0
 
     def extra_repr(self) -> str:
         return str(self.spec)

@@ -16,8 +16,9 @@ from ..formats import Format, Phase
 from ..kernels import Gemm
 from ..qtensor import QTensor
 from .contract import Quantizer, Spec, Use
-from .grid import Grid, power_of_two
+from .grid import Grid
 from .layer_scale import GradScaleState
+from .number import magnitude, power_of_two, read
 from .state import NonFiniteCounter
 
 __all__ = ["GradQuantizer", "Parts", "scale_limit"]
@@ -32,11 +33,12 @@ def scale_limit(specs: Sequence[Spec | None]) -> float:
     Both phases of radix 4 share one scale and with it the even phase's 64: the odd phase's 32 is the nearest level to
     anything up to 80.
     """
-    return min(
+    limits = [
         spec.format.max * (math.isqrt(spec.format.radix) if spec.format.phase is Phase.ODD else 1)
         for spec in specs
         if isinstance(spec, Grid)
-    )
+    ]
+    return min(limits, default=math.inf)
 
 
 class GradQuantizer(NonFiniteCounter):
@@ -67,6 +69,9 @@ class GradQuantizer(NonFiniteCounter):
         self.samples = dict(samples)
         self.shared = shared
         self.grad_scale = grad_scale
+        self._limit = scale_limit(list(specs.values()))
+        self._grids = {gemm: spec for gemm, spec in specs.items() if isinstance(spec, Grid)}
+        self._formats = {gemm: spec.format for gemm, spec in self._grids.items()}
         for gemm, spec in specs.items():
             own = spec is not None and not isinstance(spec, Grid)
             self.register_module(gemm, spec.build(device=device, backend=backend) if own and spec else None)
@@ -83,7 +88,7 @@ class GradQuantizer(NonFiniteCounter):
             For each GEMM the parts whose sum stands for its gradient; the gradient itself where its spec is None.
         """
         found: dict[Gemm, Parts] = {g: (grad,) for g, grad in grads.items() if self.specs[g] is None}
-        scaled = {g: grads[g] for g in grads if isinstance(self.specs[g], Grid)}
+        scaled = {g: grads[g] for g in grads if g in self._grids}
         if scaled:
             found |= self._under_layer_scale(scaled, uses, observe=observe)
         for gemm in grads:
@@ -119,26 +124,35 @@ class GradQuantizer(NonFiniteCounter):
         """The codes under the layer's scale; both GEMMs' from one walk over the gradient."""
         assert self.grad_scale is not None
         grad = next(iter(grads.values()))
-        low, high = self.kernels.value_range(grad)
-        amax = torch.maximum(low.abs(), high.abs())
-        log2_scale = self.grad_scale.exponent(amax, scale_limit(list(self.specs.values())), observe=observe)
+        fixed: list[Format] = []
+        for gemm in grads:
+            if not self._grids[gemm].stochastic and self._formats[gemm] not in fixed:
+                fixed.append(self._formats[gemm])
+        known = self.grad_scale.settled()
+        if known is not None:
+            inv_scale = power_of_two(known)
+            packed, *ends = self.kernels.encode_each_with_range(grad, fixed, inv_scale=inv_scale)
+        else:
+            ends = [*self.kernels.value_range(grad)]
+        low, high = map(read, ends)
+        log2_scale = self.grad_scale.exponent(magnitude(low, high), self._limit, observe=observe)
         clean, scale = self.screen(grad, power_of_two(-log2_scale), low, high, observe=observe)
-        inv_scale = power_of_two(log2_scale)
-        specs = {gemm: spec for gemm in grads if isinstance(spec := self.specs[gemm], Grid)}
-        fixed = dict.fromkeys(spec.format for spec in specs.values() if not spec.stochastic)
-        packed = dict(zip(fixed, self.kernels.encode_each(clean, tuple(fixed), inv_scale=inv_scale), strict=True))
+        if known is None:
+            inv_scale = power_of_two(log2_scale)
+            packed = self.kernels.encode_each(clean, fixed, inv_scale=inv_scale)
         found: dict[Gemm, Parts] = {}
-        for gemm, spec in specs.items():
+        for gemm in grads:
 
-            def codes(use: Use, fmt: Format = spec.format) -> tuple[QTensor, ...]:
-                noise = use.uniform(grad.numel())
-                qdata = self.kernels.encode_stochastic(clean, fmt, inv_scale=inv_scale, noise=noise)
+            def codes(use: Use, fmt: Format = self._formats[gemm]) -> tuple[QTensor, ...]:
+                draw, part = use.source()
+                qdata = self.kernels.encode_drawn(clean, fmt, inv_scale=inv_scale, draw=draw, part=part)
                 return (QTensor(qdata, scale, fmt, grad.shape),)
 
-            if spec.stochastic:
+            if self._grids[gemm].stochastic:
                 found[gemm] = self._sampled(gemm, uses[gemm], codes)
             else:
-                found[gemm] = (QTensor(packed[spec.format], scale, spec.format, grad.shape),)
+                fmt = self._formats[gemm]
+                found[gemm] = (QTensor(packed[fixed.index(fmt)], scale, fmt, grad.shape),)
         return found
 
     def extra_repr(self) -> str:

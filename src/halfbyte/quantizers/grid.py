@@ -6,6 +6,7 @@ gradient's two uses get. `Nearest` is any other format: radix 2 (1-3-0), 1-2-1, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +17,9 @@ from .. import formats
 from ..formats import Format, Phase, fp4_e3m0_r4, fp4_e3m0_r4_odd
 from ..qtensor import QTensor
 from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
+from .number import Number, choose, clamp, finite, frexp, magnitude, power_of_two
 
-__all__ = ["Grid", "Nearest", "Radix4", "TwoPhase", "largest_log2_scale", "power_of_two"]
+__all__ = ["Grid", "Nearest", "Radix4", "TwoPhase", "largest_log2_scale"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,17 +134,15 @@ class _GridQuantizer(Quantizer):
     def quantize(
         self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
     ) -> Quantized:
-        low, high = self.kernels.value_range(x)
+        low, high = self.range_of(x)
         fmt = self.spec.format
         if self.spec.own_scale == "one":
             # The grid does not depend on the data, so infinities saturate as the format says.
             x = x.clamp(-fmt.max, fmt.max)
-            low, high = low.clamp(-fmt.max, fmt.max), high.clamp(-fmt.max, fmt.max)
-            log2_scale = torch.zeros((), dtype=torch.int32, device=x.device)
+            low, high = clamp(low, -fmt.max, fmt.max), clamp(high, -fmt.max, fmt.max)
+            scale = torch.ones((), dtype=torch.float32, device=x.device)
         else:
-            amax = torch.maximum(low.abs(), high.abs())
-            log2_scale = largest_log2_scale(amax, fmt.max).clamp(-126, 126)
-        scale = power_of_two(-log2_scale)
+            scale = power_of_two(-clamp(largest_log2_scale(magnitude(low, high), fmt.max), -126, 126))
         x, screened = self.screen(x, scale, low, high, observe=observe)
         return Quantized(QTensor(self._encode(x, scale, use), screened, fmt, x.shape))
 
@@ -155,18 +155,13 @@ class _GridQuantizer(Quantizer):
         inv_scale = scale.reciprocal()
         if not self.spec.stochastic:
             return self.kernels.encode(x, self.spec.format, inv_scale=inv_scale)
-        noise = self.noise(x, use)
-        return self.kernels.encode_stochastic(x, self.spec.format, inv_scale=inv_scale, noise=noise)
+        draw, part = self.source(x, use)
+        return self.kernels.encode_drawn(x, self.spec.format, inv_scale=inv_scale, draw=draw, part=part)
 
 
-def largest_log2_scale(amax: Tensor, limit: float) -> Tensor:
-    """The largest whole k with ``amax * 2^k <= limit``; 0 where amax is zero or not finite. int32 of shape ()."""
-    mantissa, exponent = torch.frexp(amax.double())
-    limit_mantissa, limit_exponent = torch.frexp(torch.tensor(limit, dtype=torch.float64))
-    k = limit_exponent.to(exponent.device) - exponent - (mantissa > limit_mantissa.to(mantissa.device)).int()
-    return torch.where((amax > 0) & amax.isfinite(), k, 0)
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """2 to that power, -126 to 127, exactly, from its bits: a library's exp2 or pow may be one unit off."""
-    return ((exponent.int() + 127) << 23).view(torch.float32)
+def largest_log2_scale(amax: Number, limit: float) -> Number:
+    """The largest whole k with ``amax * 2^k <= limit``; 0 where amax is zero or not finite."""
+    mantissa, exponent = frexp(amax)
+    limit_mantissa, limit_exponent = math.frexp(limit)
+    k = limit_exponent - exponent - choose(mantissa > limit_mantissa, 1, 0)
+    return choose((amax > 0) & finite(amax), k, 0)

@@ -12,6 +12,8 @@ with the largest magnitude of all its backward passes. The ranks of a distribute
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from ..distributed import least_of_ranks, most_of_ranks, sum_of_ranks
 from .contract import require
-from .grid import largest_log2_scale, power_of_two
+from .grid import largest_log2_scale
+from .number import Number, choose, clamp, finite, larger, power_of_two, put, read
 from .state import Stateful
 
 __all__ = ["ExactGradScale", "GradScaleSpec", "GradScaleState", "LayerGradScale", "LossScale", "vote"]
@@ -99,19 +102,18 @@ class LossScale(GradScaleSpec):
         return True
 
 
-def vote(amax: Tensor, limit: float) -> Tensor:
+def vote(amax: Number, limit: float) -> Number:
     """One worker's vote on its layer's scale (Fig. 3a).
 
     Args:
-        amax: the largest magnitude of the scaled gradient; floating, shape ().
+        amax: the largest magnitude of the scaled gradient.
         limit: MAX, the largest value of the format: 64 for radix 4.
 
     Returns:
-        int32 of shape (): +1 (scale up) in (0, MAX/2], 0 in (MAX/2, MAX], -1 beyond and for NaN. A gradient that is
-        all zero votes 0: the paper's interval, which includes zero, would drive the scale up for ever.
+        +1 (scale up) in (0, MAX/2], 0 in (MAX/2, MAX], -1 beyond and for NaN. A gradient that is all zero votes 0: the
+        paper's interval, which includes zero, would drive the scale up for ever.
     """
-    up = ((amax > 0) & (amax <= limit / 2)).int()
-    return torch.where(amax <= limit, up, -1)
+    return choose(amax <= limit, choose((amax > 0) & (amax <= limit / 2), 1, 0), -1)
 
 
 class GradScaleState(Stateful):
@@ -142,7 +144,16 @@ class GradScaleState(Stateful):
         self.declare("clean_steps", 0, torch.int32, device=device)
         self._agreed = False
 
-    def exponent(self, amax: Tensor, limit: float, *, observe: bool = True) -> Tensor:
+    def settled(self) -> Number | None:
+        """The exponent that the next gradient is scaled with, if it does not depend on that; None if it may.
+
+        On other devices than the CPU always None: only they know.
+        """
+        if not self.started.is_cpu or isinstance(self.spec, ExactGradScale) or not self.started:
+            return None
+        return read(self.log2_scale)
+
+    def exponent(self, amax: Tensor | Number, limit: float, *, observe: bool = True) -> Number:
         """The exponent to scale a gradient with, which it may set if it is the first; observes the gradient.
 
         Args:
@@ -151,18 +162,18 @@ class GradScaleState(Stateful):
             observe: whether to keep what was seen.
 
         Returns:
-            int32 of shape ().
+            A whole number, `log2_scale` from now on if it is observed.
         """
-        wanted = largest_log2_scale(amax, limit).clamp(self.spec.log2_min, self.spec.log2_max).int()
-        usable = (amax > 0) & amax.isfinite()
-        settled = torch.zeros_like(usable) if isinstance(self.spec, ExactGradScale) else self.started
-        exponent = torch.where(settled | ~usable, self.log2_scale, wanted)
-        if not observe:
-            return exponent
-        self.log2_scale.copy_(exponent)
-        self.started |= usable
-        relative = torch.where(amax.isfinite(), amax.double() / limit, torch.inf)
-        self.observed.copy_(torch.maximum(self.observed, relative))
+        amax, now, started = read(amax), read(self.log2_scale), read(self.started)
+        usable = (amax > 0) & finite(amax)
+        wanted = clamp(largest_log2_scale(amax, limit), self.spec.log2_min, self.spec.log2_max)
+        following = choose(usable, wanted, now)
+        exponent = following if isinstance(self.spec, ExactGradScale) else choose(started, now, following)
+        if observe:
+            put(self.log2_scale, exponent)
+            put(self.started, choose(usable, True, started))
+            relative = choose(finite(amax), amax / limit, math.inf)
+            put(self.observed, larger(read(self.observed), relative))
         return exponent
 
     def advance(self, stepped: Tensor | bool = True) -> None:
@@ -178,18 +189,23 @@ class GradScaleState(Stateful):
             both = least_of_ranks(torch.stack([self.log2_scale, self.started.int()]))
             self.log2_scale.copy_(both[0])
             self._agreed = bool(both[1])
-        seen = (self.observed >= 0) & stepped
-        amax = self.observed.clamp_min(0.0) * power_of_two(self.log2_scale)
+        observed, now = read(self.observed), read(self.log2_scale)
+        seen = choose(read(stepped), observed >= 0, False)
+        amax = clamp(observed, 0.0, math.inf) * read(power_of_two(now))
         if isinstance(self.spec, LossScale):
-            overflow = most_of_ranks((seen & ~(amax <= 1.0)).int()).bool()
-            clean = torch.where(overflow, 0, self.clean_steps + seen.int())
+            overflow = self._together(most_of_ranks, choose(seen, choose(amax <= 1.0, 0, 1), 0)) > 0
+            clean = choose(overflow, 0, read(self.clean_steps) + choose(seen, 1, 0))
             grow = clean >= self.spec.growth_interval
-            self.clean_steps.copy_(torch.where(grow, 0, clean))
-            step = grow.int() - overflow.int()
+            put(self.clean_steps, choose(grow, 0, clean))
+            step = choose(grow, 1, 0) - choose(overflow, 1, 0)
         else:
-            step = sum_of_ranks(torch.where(seen, vote(amax, 1.0), 0)).sign()
-        self.log2_scale.add_(step).clamp_(self.spec.log2_min, self.spec.log2_max)
-        self.observed.copy_(torch.where(seen, -1.0, self.observed))
+            step = clamp(self._together(sum_of_ranks, choose(seen, vote(amax, 1.0), 0)), -1, 1)
+        put(self.log2_scale, clamp(now + step, self.spec.log2_min, self.spec.log2_max))
+        put(self.observed, choose(seen, -1.0, observed))
+
+    def _together(self, reduce: Callable[[Tensor], Tensor], whole: Number) -> Number:
+        """A whole number that all ranks agree on."""
+        return read(reduce(torch.as_tensor(whole, device=self.log2_scale.device)))
 
     def extra_repr(self) -> str:
         return f"{type(self.spec).__name__}, log2_scale={self.log2_scale.item() if self.started else 'not yet known'}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..formats import Format, int4, int8
 from ..qtensor import QTensor, pack_bits, unpack_bits
 from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
+from .number import Number, absolute, choose, finite, inverse, larger, magnitude, put, read, root, rounded, stored
 
 __all__ = ["AbsMax", "MinMax", "Sawb"]
 
@@ -38,7 +39,6 @@ SAWB_COEFFICIENTS: dict[int, tuple[float, float]] = {
     64: (21.176, -22.645),
     128: (25.594, -27.827),
 }
-_LARGEST = torch.finfo(torch.float32).max
 
 SAWB_REFIT = frozenset({7, 31, 63, 64, 128})
 """Level counts whose coefficients are a refit, not IBM's."""
@@ -96,32 +96,33 @@ class _MinMaxQuantizer(Quantizer):
     def quantize(
         self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
     ) -> Quantized:
-        seen_low, seen_high = self.kernels.value_range(x)
-        low, high = seen_low.float(), seen_high.float()
+        seen_low, seen_high = self.range_of(x)
+        low, high = rounded(seen_low), rounded(seen_high)
         if observe:
-            unseen, keep = self.low.isnan(), self.spec.momentum
-            finite = torch.isfinite(low) & torch.isfinite(high)
-            for running, new in ((self.low, low), (self.high, high)):
-                mixed = torch.where(unseen, new, keep * running + (1 - keep) * new)
-                running.copy_(torch.where(finite, mixed, running))
+            keep, new = self.spec.momentum, finite(low) & finite(high)
+            for running, now in ((self.low, low), (self.high, high)):
+                before = read(running)
+                # As in float32: each product and their sum are rounded.
+                mixed = rounded(rounded(rounded(keep) * before) + rounded(rounded(1 - keep) * now))
+                put(running, choose(new, choose(finite(before), mixed, now), before))
         elif not self.training:
             # What training never saw is taken from the tensor itself.
-            low = torch.where(self.low.isnan(), low, self.low)
-            high = torch.where(self.high.isnan(), high, self.high)
+            past = read(self.low), read(self.high)
+            low, high = (choose(finite(old), old, now) for old, now in zip(past, (low, high), strict=True))
         steps = (1 << self.spec.bits) - 1
-        span = high.double() - low.double()
+        span = high - low
         flat = span < 2.0**-120
         # A constant tensor is reproduced: one step of its own size, all codes the lowest.
-        scale = torch.where(flat, torch.where(low == 0, 1.0, low.abs().double()), span / steps).float()
-        inv_scale = torch.where(flat, 0.0, steps / span).float()
+        scale = choose(flat, choose(low == 0, 1.0, absolute(low)), span / steps)
+        inv_scale = choose(flat, 0.0, inverse(steps, span))
         # A range that float32 cannot hold is as broken as an infinity.
-        x, scale = self.screen(x, scale, seen_low, torch.maximum(seen_high, span).float(), observe=observe)
-        return Quantized(self._encode(x, scale, inv_scale, low))
+        x, kept = self.screen(x, stored(scale), seen_low, rounded(larger(seen_high, span)), observe=observe)
+        return Quantized(self._encode(x, kept, stored(inv_scale), stored(low)))
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         low, high = self.kernels.value_range(x)
         inv_scale = scale.reciprocal()
-        x, scale = self.screen(x, scale, low, high, observe=False)
+        x, scale = self.screen(x, scale, read(low), read(high), observe=False)
         return self._encode(x, scale, inv_scale, low.float().nan_to_num(nan=0.0))
 
     def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, low: Tensor) -> QTensor:
@@ -192,30 +193,30 @@ class _SawbQuantizer(Quantizer):
     def quantize(
         self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
     ) -> Quantized:
-        low, high = self.kernels.value_range(x)
+        low, high = self.range_of(x)
         clip = self._clip(x, low, high)
         if observe:
-            self.last_clip.copy_(torch.where(clip.isfinite(), clip, self.last_clip))
+            put(self.last_clip, choose(finite(clip), clip, read(self.last_clip)))
         elif not self.training:
-            clip = torch.where(self.last_clip.isnan(), clip, self.last_clip)
+            last = read(self.last_clip)
+            clip = choose(finite(last), last, clip)
         assert self.spec.levels is not None
         half_steps = (self.spec.levels - 1) / 2
         # All-zero weights have no clip: scale and inverse 0 reproduce them.
-        scale = (clip.double() / half_steps).float()
-        inv_scale = torch.where(clip > 0, half_steps / clip.double(), 0.0).clamp_max(_LARGEST).float()
-        x, scale = self.screen(x, scale, low, torch.maximum(high, clip), observe=observe)
-        q = self._encode(x, scale, inv_scale, clip)
+        scale, inv_scale, limit = stored(clip / half_steps), stored(inverse(half_steps, clip)), stored(clip)
+        x, scale = self.screen(x, scale, low, larger(high, clip), observe=observe)
+        q = self._encode(x, scale, inv_scale, limit)
         if differentiable and self.spec.ste == "clipped":
-            return Quantized(q, (pack_bits((x.detach().abs() <= clip).reshape(-1)),))
+            wide = x.detach().abs().to(torch.promote_types(x.dtype, torch.float32))  # As exact as the clip.
+            return Quantized(q, (pack_bits((wide <= limit).reshape(-1)),))
         return Quantized(q)
 
-    def _clip(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        mean_abs, mean_square = self.kernels.moments(x)
+    def _clip(self, x: Tensor, low: Number, high: Number) -> Number:
+        mean_abs, mean_square = map(read, self.kernels.moments(x))
         assert self.spec.levels is not None
         c1, c2 = SAWB_COEFFICIENTS[self.spec.levels]
-        clip = c1 * mean_square.sqrt() + c2 * mean_abs
-        amax = torch.maximum(low.abs(), high.abs()).double()
-        return torch.where(clip > 0, torch.maximum(clip, mean_abs), amax).float()
+        clip = c1 * root(mean_square) + c2 * mean_abs
+        return rounded(choose(clip > 0, larger(clip, mean_abs), magnitude(low, high)))
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         low, high = self.kernels.value_range(x)
@@ -285,12 +286,10 @@ class _AbsMaxQuantizer(Quantizer):
     def quantize(
         self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
     ) -> Quantized:
-        low, high = self.kernels.value_range(x)
-        amax = torch.maximum(low.abs(), high.abs())
-        scale = (amax.double() / self._top).float()
-        inv_scale = torch.where(amax > 0, self._top / amax.double(), 0.0).clamp_max(_LARGEST).float()
-        x, scale = self.screen(x, scale, low, high, observe=observe)
-        return Quantized(self._encode(x, scale, inv_scale, use))
+        low, high = self.range_of(x)
+        amax = magnitude(low, high)
+        x, scale = self.screen(x, stored(amax / self._top), low, high, observe=observe)
+        return Quantized(self._encode(x, scale, stored(inverse(self._top, amax)), use))
 
     @property
     def _top(self) -> int:
@@ -305,6 +304,6 @@ class _AbsMaxQuantizer(Quantizer):
         if not self.spec.stochastic:
             qdata = self.kernels.encode(x, fmt, inv_scale=inv_scale, code_range=(-top, top))
         else:
-            noise = self.noise(x, use)
-            qdata = self.kernels.encode_stochastic(x, fmt, inv_scale=inv_scale, noise=noise, code_range=(-top, top))
+            draw, part = self.source(x, use)
+            qdata = self.kernels.encode_drawn(x, fmt, inv_scale=inv_scale, draw=draw, part=part, code_range=(-top, top))
         return QTensor(qdata, scale, fmt, x.shape)

@@ -14,10 +14,9 @@ from torch import Tensor
 from ..formats import Format, fp4_e3m0
 from ..qtensor import QTensor
 from .contract import Quantized, Quantizer, Spec, Use, without_nan
+from .number import inverse, magnitude, stored
 
 __all__ = ["Luq"]
-
-_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +47,16 @@ class _LuqQuantizer(Quantizer):
     def quantize(
         self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
     ) -> Quantized:
-        low, high = self.kernels.value_range(x)
-        amax = torch.maximum(low.abs(), high.abs()).double()
-        scale = (amax / fp4_e3m0.max).float()
-        inv_scale = torch.where(amax > 0, fp4_e3m0.max / amax, 0.0).clamp_max(_LARGEST).float()
-        x, scale = self.screen(x, scale, low, high, observe=observe)
-        return Quantized(self._encode(x, scale, inv_scale, use))
+        low, high = self.range_of(x)
+        amax = magnitude(low, high)
+        x, scale = self.screen(x, stored(amax / fp4_e3m0.max), low, high, observe=observe)
+        return Quantized(self._encode(x, scale, stored(inverse(fp4_e3m0.max, amax)), use))
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         x, kept = without_nan(x, scale, *self.kernels.value_range(x))
         return self._encode(x, kept, scale.reciprocal(), None)
 
     def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, use: Use | None) -> QTensor:
-        qdata = self.kernels.encode_stochastic(x, fp4_e3m0, inv_scale=inv_scale, noise=self.noise(x, use))
+        draw, part = self.source(x, use)
+        qdata = self.kernels.encode_drawn(x, fp4_e3m0, inv_scale=inv_scale, draw=draw, part=part)
         return QTensor(qdata, scale, fp4_e3m0, x.shape)

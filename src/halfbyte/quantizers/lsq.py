@@ -15,6 +15,7 @@ from ..distributed import least_of_ranks, mean_of_ranks, most_of_ranks
 from ..formats import Format, int4, int8
 from ..qtensor import QTensor, pack_bits, unpack_bits
 from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
+from .number import absolute, clamp, read, stored
 
 __all__ = ["Lsq"]
 
@@ -74,13 +75,14 @@ class _LsqQuantizer(Quantizer):
     ) -> Quantized:
         if observe:
             self.check_first()
-        low, high = self.kernels.value_range(x)
+        ends = self.kernels.value_range(x)
+        low, high = map(read, ends)
         bottom, top = self._limits
         step = self.step.detach().reshape(()).float()
         if not self.ready:
             if observe:
                 # All ranks decide alike. A broken tensor makes the mean below not finite on all of them.
-                least, most = least_of_ranks(low.nan_to_num()), most_of_ranks(high.nan_to_num())
+                least, most = least_of_ranks(ends[0].nan_to_num()), most_of_ranks(ends[1].nan_to_num())
             first = (2 * self.kernels.moments(x)[0] / math.sqrt(top) + 1e-10).float()
             first = mean_of_ranks(first) if observe else first
             step = torch.where(first.isfinite(), first, step)
@@ -88,9 +90,9 @@ class _LsqQuantizer(Quantizer):
             if observe and bool(first.isfinite() & (least < most)):
                 self.set_first(step)
                 self.ready.fill_(True)
-        step = step.abs().clamp_min(torch.finfo(torch.float32).tiny)
-        inv_scale = step.reciprocal()
-        clean, scale = self.screen(x, step, low, high, observe=observe)
+        size = clamp(absolute(read(step)), torch.finfo(torch.float32).tiny, math.inf)
+        inv_scale = stored(1 / size)
+        clean, scale = self.screen(x, stored(size), low, high, observe=observe)
         q = self._encode(clean, scale, inv_scale)
         if not differentiable:
             return Quantized(q)

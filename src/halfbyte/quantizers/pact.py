@@ -7,6 +7,7 @@ no first value is given, the first training batch chooses the one of least squar
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ..distributed import least_of_ranks, mean_of_ranks, most_of_ranks
 from ..formats import Format, int4, int8, integer, uint4
 from ..qtensor import QTensor, pack_bits, unpack_bits
 from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
+from .number import Number, clamp, read, rounded, stored
 
 __all__ = ["Pact"]
 
@@ -27,6 +29,7 @@ _uint8 = integer(8, signed=False)
 MIN_CLIP = 1e-3
 """The clip used is never below this, so that a clip pushed to zero or beyond can come back."""
 
+_LEAST = float(rounded(MIN_CLIP))
 _SAMPLE = 1 << 16
 _CANDIDATES = 64
 
@@ -115,50 +118,62 @@ class _PactQuantizer(Quantizer):
     def quantize(
         self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
     ) -> Quantized:
-        low, high = self.kernels.value_range(x)
         if observe:
             self.check_first()
         ready, sign = self._state()
-        clip = self.clip.detach().reshape(())
         settled = ready and sign >= 0
-        least, most = low, high
+        clip: Number = self.clip
+        if not settled:
+            clip, sign = self._decide(x.detach(), ready, sign, observe=observe)
+        clip, levels = clamp(read(clip), _LEAST, math.inf), self._levels(sign)
+        fmt, limit, plus = self.spec.formats[-1 if sign else 0], stored(clip), differentiable and self.spec.plus
+        qdata, ends, saved = self.kernels.encode_clipped(
+            x, fmt, clip=limit, code_range=(-levels if sign else 0, levels), mask=differentiable and not plus
+        )
+        low, high = map(read, ends)
+        if settled:
+            self._watch_sign(low, sign)
+        if plus:
+            x, scale = self.screen(x, stored(clip / levels), low, high, observe=observe)
+            return Quantized(QTensor(qdata, scale, fmt, x.shape), self._residue(x.detach(), limit, sign))
+        scale = self.marked(stored(clip / levels), low, high, observe=observe)
+        return Quantized(QTensor(qdata, scale, fmt, x.shape), saved if differentiable else ())
+
+    def _decide(self, x: Tensor, ready: bool, sign: int, *, observe: bool) -> tuple[Tensor, int]:
+        """Clip and sign for a batch before they are settled, which it settles if it is usable and observed."""
+        low, high = self.kernels.value_range(x)
+        clip = self.clip.detach().reshape(())
         broken = self.kernels.has_nonfinite(low, high)
-        if not settled and observe:
+        if observe:
             # All ranks decide alike, and none of them from a batch that is broken on one.
-            least, most = least_of_ranks(low.nan_to_num()), most_of_ranks(high.nan_to_num())
+            low, high = least_of_ranks(low.nan_to_num()), most_of_ranks(high.nan_to_num())
             broken = most_of_ranks(broken.int()).bool()
         # A batch that is empty, all zero or broken decides nothing.
-        usable = settled or bool(~broken & (least < most))
+        usable = bool(~broken & (low < high))
         if sign < 0:
-            sign = int(least < 0) if usable else 0
+            sign = int(low < 0) if usable else 0
         if not ready and usable:
-            clip = _best_clip(x.detach(), least, most, self._levels(sign), signed=bool(sign)).to(clip.device)
+            clip = _best_clip(x, low, high, self._levels(sign), signed=bool(sign)).to(clip.device)
             clip = mean_of_ranks(clip) if observe else clip
-        if observe and usable and self._settled is None:
+        if observe and usable:
             self.sign.fill_(sign)
             self.set_first(clip)
             self.ready.fill_(True)
             if self.spec.signed is None or self.spec.clip is None:
                 kind = "signed" if sign else "unsigned"
-                _log.info("first batch, range [%.4g, %.4g]: %s activation, clip %.4g", least, most, kind, clip)
-        if settled:
-            self._watch_sign(low, sign)
-        clip = clip.float().clamp_min(MIN_CLIP)
-        levels = self._levels(sign)
-        x, scale = self.screen(x, (clip.double() / levels).float(), low, high, observe=observe)
-        q = self._encode(x, scale, (levels / clip.double()).float(), sign)
-        return Quantized(q, self._saved(x.detach(), clip, sign) if differentiable else ())
+                _log.info("first batch, range [%.4g, %.4g]: %s activation, clip %.4g", low, high, kind, clip)
+        return clip, sign
 
     def _levels(self, sign: int) -> int:
         """n: whole steps between zero and the clip."""
         return (1 << (self.spec.bits - sign)) - 1
 
-    def _watch_sign(self, low: Tensor, sign: int) -> None:
+    def _watch_sign(self, low: Number, sign: int) -> None:
         """Says once when an activation that the first batch showed as non-negative turns negative."""
-        if self.spec.signed is None and sign == 0 and not self._warned and low.device.type == "cpu" and low < 0:
+        if self.spec.signed is None and sign == 0 and not self._warned and not isinstance(low, Tensor) and low < 0:
             self._warned = True
             warnings.warn(
-                f"{self.spec}: the first batch had no negative number, this one has {low.item():.4g}; it is cut to 0. "
+                f"{self.spec}: the first batch had no negative number, this one has {low:.4g}; it is cut to 0. "
                 "Give this layer Pact(signed=True).",
                 stacklevel=4,
             )
@@ -168,19 +183,13 @@ class _PactQuantizer(Quantizer):
         sign = int(low < 0) if self.spec.signed is None else int(self.spec.signed)
         inv_scale = scale.reciprocal()
         x, scale = without_nan(x, scale, low, high)
-        return self._encode(x, scale, inv_scale, sign)
-
-    def _encode(self, x: Tensor, scale: Tensor, inv_scale: Tensor, sign: int) -> QTensor:
         fmt = self.spec.formats[-1 if sign else 0]
         levels = self._levels(sign)
         qdata = self.kernels.encode(x, fmt, inv_scale=inv_scale, code_range=(-levels if sign else 0, levels))
         return QTensor(qdata, scale, fmt, x.shape)
 
-    def _saved(self, x: Tensor, clip: Tensor, sign: int) -> tuple[Tensor | None, ...]:
-        if not self.spec.plus:
-            low = -clip if sign else torch.zeros_like(clip)
-            return self.kernels.clip_bits(x, low, clip)
-        # PACT+: d(x_hat)/d(clip) is +-1 at and beyond the clip and (round z - z) / n inside, z = x / step.
+    def _residue(self, x: Tensor, clip: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+        """PACT+: d(x_hat)/d(clip) is +-1 at and beyond the clip and (round z - z) / n inside, z = x / step."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         levels = self._levels(sign)
         z = wide * (levels / clip)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import NonFiniteWarning
+from .number import Number, choose, finite, read
 
 __all__ = ["NonFiniteCounter", "Stateful"]
 
@@ -80,11 +81,38 @@ class NonFiniteCounter(Stateful):
         """The backend's functions."""
         return kernels.get(self.backend)
 
-    def screen(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *, observe: bool) -> tuple[Tensor, Tensor]:
-        """Counts and reports a tensor with NaN or infinities, and makes sure that nothing plausible comes of it.
+    def range_of(self, x: Tensor) -> tuple[Number, Number]:
+        """The smallest and the largest element, to compute with."""
+        low, high = self.kernels.value_range(x)
+        return read(low), read(high)
 
-        Its scale becomes NaN, which makes every product NaN. On devices other than the CPU it is counted without a
-        warning, which would have to wait for the device.
+    def marked(self, scale: Tensor, low: Number, high: Number, *, observe: bool) -> Tensor:
+        """The scale of a tensor, or NaN if that held NaN or infinities, so that nothing plausible comes of it.
+
+        A NaN as the scale makes every product NaN. Such a tensor is counted and reported; on devices other than the CPU
+        it is counted without a warning, which would have to wait for the device.
+
+        Args:
+            scale: float32 of shape ().
+            low: the tensor's smallest element.
+            high: its largest.
+            observe: whether to count.
+        """
+        sound = finite(low) & finite(high)
+        if not isinstance(sound, Tensor):
+            if sound:
+                return scale
+            warnings.warn(
+                f"{self.extra_repr()}: a tensor with NaN or infinity was quantized; the result is NaN.",
+                NonFiniteWarning,
+                stacklevel=4,
+            )
+        if observe:
+            self.nonfinite += choose(sound, 0, 1)
+        return torch.full_like(scale, torch.nan) if sound is False else torch.where(sound, scale, torch.nan)
+
+    def screen(self, x: Tensor, scale: Tensor, low: Number, high: Number, *, observe: bool) -> tuple[Tensor, Tensor]:
+        """`marked`, and x with numbers in the place of NaN and infinity.
 
         Args:
             x: the tensor.
@@ -92,19 +120,6 @@ class NonFiniteCounter(Stateful):
             low: its smallest element.
             high: its largest.
             observe: whether to count.
-
-        Returns:
-            x with numbers in the place of NaN and infinity, and the scale or NaN.
         """
-        bad = self.kernels.has_nonfinite(low, high)
-        if bad.device.type == "cpu":
-            if not bad:
-                return x, scale
-            warnings.warn(
-                f"{self.extra_repr()}: a tensor with NaN or infinity was quantized; the result is NaN.",
-                NonFiniteWarning,
-                stacklevel=3,
-            )
-        if observe:
-            self.nonfinite += bad
-        return x.nan_to_num(nan=0.0), torch.where(bad, torch.full_like(scale, torch.nan), scale)
+        kept = self.marked(scale, low, high, observe=observe)
+        return x if kept is scale else x.nan_to_num(nan=0.0), kept

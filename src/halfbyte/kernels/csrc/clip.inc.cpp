@@ -75,12 +75,11 @@ static void clip_bits(const void* x, int32_t dtype, int64_t n, const float* low,
 }
 
 // Codes, range and bits from one read: what an activation with a learned clip needs.
-static void encode_clipped(const void* x, int32_t dtype, int64_t n, const float* inv_scale, int32_t bottom, int32_t top,
-                           int32_t bits, const float* low, const float* high, uint8_t* out, float* range,
-                           uint8_t* inside, uint8_t* ties, int32_t* any_tie) {
-    const Clip clip = {splat(*low), splat(*high)};
-    const Grid grid(0.0f, *inv_scale, 0, bottom, top, bits);
-    *any_tie = 0;
+static void encode_clipped(const void* x, int32_t dtype, int64_t n, const float* high, int32_t bottom, int32_t top,
+                           int32_t bits, uint8_t* out, float* range, uint8_t* inside, uint8_t* ties) {
+    const Clip clip = {splat(bottom < 0 ? -*high : 0.0f), splat(*high)};
+    const Grid grid(0.0f, (float)(1.0 / (double)*high * top), 0, bottom, top, bits);
+    int32_t any_tie = 0;
     SharedRange all;
     with_dtype(dtype, [&](auto d) {
         parallel_for((n + BITS_BLOCK - 1) / BITS_BLOCK, GRAIN / 4, [&](int64_t begin, int64_t end) {
@@ -94,15 +93,17 @@ static void encode_clipped(const void* x, int32_t dtype, int64_t n, const float*
                 const int64_t last = whole ? first + BITS_BLOCK / BLOCK : blocks_of(n);
                 bits <= 4 ? encode_blocks<d, 1, true>(x, n, first, last, &out, code)
                           : encode_blocks<d, 1, false>(x, n, first, last, &out, code);
+                if (!inside) continue;
                 if (whole) any |= bits_of_block<d>(x, start, clip, inside + place, ties + place);
                 else any |= bits_of_rest<d>(x, start, n - start, clip, inside + place, ties + place);
             }
-            if (any) __atomic_store_n(any_tie, 1, __ATOMIC_RELAXED);
+            if (any) __atomic_store_n(&any_tie, 1, __ATOMIC_RELAXED);
             all.merge(seen);
         });
     });
     if (n) all.write(range);
     else range[0] = range[1] = 0.0f;
+    range[2] = (float)any_tie;
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -192,35 +193,58 @@ HB_INLINE void clear(void* grad, int64_t i, uint64_t outside) {
     }
 }
 
+// W bytes, one a lane.
+HB_INLINE vi load_bytes(const uint8_t* p) {
+#if defined(HB_AVX512VNNI)
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(HB_AVX2)
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    quarter_vb bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, vi);
+#endif
+}
+
+#if defined(HB_AVX2) && !defined(HB_AVX512VNNI)
+// For each choice of eight lanes the numbers of those chosen, in order.
+struct Chosen {
+    uint64_t lanes[256];
+
+    constexpr Chosen() : lanes() {
+        for (int some = 0; some < 256; ++some)
+            for (int j = 0, place = 0; j < 8; ++j)
+                if (some >> j & 1) lanes[some] |= (uint64_t)j << (8 * place++);
+    }
+};
+static constexpr Chosen CHOSEN;
+#endif
+
+// Writes the marked lanes next to each other, and perhaps anything after them, up to W numbers. Returns how many.
+HB_INLINE int compress(float* out, vf v, uint32_t some) {
+#if defined(HB_AVX512VNNI)
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps((__mmask16)some, v));
+#elif defined(HB_AVX2)
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&CHOSEN.lanes[some]));
+    _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(v, lanes));
+#else
+    for (int j = 0, place = 0; j < W; ++j) out[place] = v[j], place += some >> j & 1;
+#endif
+    return __builtin_popcount(some);
+}
+
 // Collects the weighted gradients of the marked ones of 64 elements.
 template <int D>
 HB_INLINE void collect(const void* grad, int64_t i, uint64_t moving, const Codes& codes, Collected& moved) {
     const uint8_t* bytes = codes.nibbles ? codes.data + i / BLOCK * (BLOCK / 2) : codes.data + i;
     const int shift = codes.nibbles && i % BLOCK ? 4 : 0, mask = codes.nibbles ? 15 : 255;
-    float numbers[64];
+    const vf above = splat(1.0f), below = splat(codes.is_signed ? -1.0f : 0.0f);
     for (int j = 0; j < 64; j += W) {
-        const vf v = load<D>(grad, i + j);
-        memcpy(numbers + j, &v, sizeof v);
+        const vi code = load_bytes(bytes + j) >> shift & mask;
+        const vf weight = (codes.is_signed ? code < codes.negative : code > 0) ? above : below;
+        const vf value = load<D>(grad, i + j) * weight;
+        moved.count += compress(moved.row + moved.count, value, (uint32_t)(moving >> j) & ((1u << W) - 1));
     }
-#if defined(HB_AVX512VNNI)
-    for (int j = 0; j < 64; j += 16) {
-        __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + j)));
-        code = _mm512_and_si512(_mm512_srl_epi32(code, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask));
-        const __mmask16 some = (__mmask16)(moving >> j);
-        const __m512 one = _mm512_set1_ps(1.0f);
-        const __mmask16 below = _mm512_cmpge_epi32_mask(code, _mm512_set1_epi32(codes.negative));
-        const __m512 weight = codes.is_signed ? _mm512_mask_blend_ps(below, one, _mm512_set1_ps(-1.0f))
-                                              : _mm512_maskz_mov_ps(_mm512_test_epi32_mask(code, code), one);
-        const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(numbers + j), weight);
-        _mm512_storeu_ps(moved.row + moved.count, _mm512_maskz_compress_ps(some, value));
-        moved.count += __builtin_popcount(some);
-    }
-#else
-    for (uint64_t left = moving; left; left &= left - 1) {
-        const int j = __builtin_ctzll(left);
-        moved.row[moved.count++] = numbers[j] * codes.weight[bytes[j] >> shift & mask];
-    }
-#endif
     moved.flush_full();
 }
 

@@ -1,4 +1,4 @@
-// What a convolution reads: an image with its channels last, and the rows of its unfolded matrix, made when needed.
+// What a convolution reads: images with their channels last and zeros around them, and the taps that read them.
 namespace hb {
 namespace HB_NS {
 namespace {
@@ -22,50 +22,85 @@ HB_INLINE void transpose_bytes(const uint8_t* from, int64_t row, uint8_t* to, in
 
 #endif
 
-// Some depths and heights of one image's channels: codes of (depth, height, width, channel).
-struct Box {
-    uint8_t* data;
-    int64_t channels, from[2], size[2], width;
-
-    int64_t bytes() const { return size[0] * size[1] * width * channels; }
-};
-
-// Fills a box from a packed tensor (..., C, D, H, W); `plane` counts (image, channel) pairs before the first channel.
-HB_NOINLINE void fill_box(const hb_codes& q, int64_t plane, const int64_t* spatial, const Box& box) {
-    constexpr int64_t RUN = 512;
-    alignas(64) uint8_t rows[16][RUN];
-    const int64_t volume = spatial[0] * spatial[1] * spatial[2], channels = box.channels;
-    const int64_t length = box.size[1] * box.width;  // contiguous in the tensor and in the box
-    for (int64_t d = 0; d < box.size[0]; d++)
-        for (int64_t start = 0; start < length; start += RUN)
-            for (int64_t c = 0; c < channels; c += 16) {
-                const int64_t n = least(RUN, length - start), some = least(16, channels - c);
-                const int64_t at = ((box.from[0] + d) * spatial[1] + box.from[1]) * spatial[2] + start;
-                for (int64_t j = 0; j < some; j++) unpack(q, (plane + c + j) * volume + at, n, rows[j]);
-                uint8_t* to = box.data + (d * length + start) * channels + c;
-                int64_t i = 0;
-#if defined(HB_AVX2)
-                for (; some == 16 && i + 16 <= n; i += 16)
-                    transpose_bytes(rows[0] + i, RUN, to + i * channels, channels);
-#endif
-                for (; i < n; i++)
-                    for (int64_t j = 0; j < some; j++) to[i * channels + j] = rows[j][i];
-            }
-}
-
-HB_INLINE void copy_bytes(const uint8_t* from, int64_t n, uint8_t* to) {
-#if defined(HB_AVX512VNNI)
-    for (; n > 64; n -= 64, from += 64, to += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
-    const __mmask64 some = ~__mmask64{0} >> (64 - n);
-    _mm512_mask_storeu_epi8(to, some, _mm512_maskz_loadu_epi8(some, from));
-#else
-    std::memcpy(to, from, static_cast<size_t>(n));
-#endif
-}
-
 HB_INLINE int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
-// One part of a convolution in which every tap has a fixed offset: position j reads source j * step + offset(tap).
+// A piece of a result: some images, depths and heights, the whole width.
+struct Part {
+    int64_t image, images, begin[3], end[3];
+
+    int64_t length(int d) const { return end[d] - begin[d]; }
+    int64_t positions() const { return length(0) * length(1) * length(2); }
+};
+
+// What a part reads: (depth, height, width, image, channel), with zeros where it reaches beyond the images.
+struct Box {
+    int64_t images, from[3], size[3], channels;
+    int64_t pitch;         // bytes of a position
+    uint8_t *codes, *data; // the codes, `channels` to a position, and the numbers; the same memory but for words
+
+    int64_t positions() const { return size[0] * size[1] * size[2] * images; }
+    int64_t bytes() const { return positions() * pitch; }
+    // A position's number, image 0, counted from the box's beginning.
+    int64_t at(int64_t d, int64_t h, int64_t w) const {
+        return (((d - from[0]) * size[1] + h - from[1]) * size[2] + w - from[2]) * images;
+    }
+};
+
+// The box that a part of the result reads, in memory yet to be had.
+Box box_for(const hb_conv_shape& shape, bool gradient, const Part& part, int64_t channels, int64_t pitch) {
+    const int64_t* source = gradient ? shape.output : shape.input;
+    Box box{part.images, {}, {}, channels, pitch, nullptr, nullptr};
+    for (int d = 0; d < 3; d++) {
+        const int64_t reach = (shape.kernel[d] - 1) * shape.dilation[d];
+        int64_t low = part.begin[d] * shape.stride[d] - shape.padding[d];
+        int64_t high = (part.end[d] - 1) * shape.stride[d] - shape.padding[d] + reach + 1;
+        if (gradient) {
+            low = floor_div(part.begin[d] + shape.padding[d] - reach, shape.stride[d]);
+            high = floor_div(part.end[d] - 1 + shape.padding[d], shape.stride[d]) + 1;
+        }
+        if (d == 2) low = least(low, 0), high = most(high, source[2]);  // whole rows are unpacked
+        box.from[d] = low, box.size[d] = most(0, high - low);
+    }
+    return box;
+}
+
+// Unpacks the codes of channels first ... first + box.channels of images `image` ... from a tensor (N, C, D, H, W) of
+// `all` channels. Leaves alone what lies outside.
+HB_NOINLINE void fill_box(const hb_codes& q, int64_t image, int64_t all, int64_t first, const int64_t* source,
+                          const Box& box, int64_t pitch) {
+    constexpr int64_t RUN = 512;
+    alignas(64) uint8_t rows[16][RUN];
+    const int64_t volume = source[0] * source[1] * source[2], channels = box.channels;
+    const int64_t low = most(box.from[1], 0), high = least(box.from[1] + box.size[1], source[1]);
+    const int64_t length = most(0, high - low) * source[2];  // contiguous in the tensor
+    const int64_t step = box.images * pitch, jump = (box.size[2] - source[2]) * step;
+    for (int64_t i = 0; i < box.images; i++)
+        for (int64_t d = most(box.from[0], 0); d < least(box.from[0] + box.size[0], source[0]); d++)
+            for (int64_t start = 0; start < length; start += RUN)
+                for (int64_t c = 0; c < channels; c += 16) {
+                    const int64_t n = least(RUN, length - start), some = least(16, channels - c);
+                    const int64_t plane = (image + i) * all + first + c;
+                    const int64_t in = (d * source[1] + low) * source[2] + start;
+                    for (int64_t j = 0; j < some; j++) unpack(q, (plane + j) * volume + in, n, rows[j]);
+                    int64_t w = start % source[2], k = 0;
+                    uint8_t* to = box.codes + (box.at(d, low + start / source[2], w) + i) * pitch + c;
+                    const auto next = [&] {
+                        to += step;
+                        if (++w == source[2]) w = 0, to += jump;
+                    };
+#if defined(HB_AVX2)
+                    alignas(16) uint8_t columns[16][16];
+                    for (; some == 16 && k + 16 <= n; k += 16) {
+                        transpose_bytes(rows[0] + k, RUN, columns[0], 16);
+                        for (int j = 0; j < 16; j++, next()) std::memcpy(to, columns[j], 16);
+                    }
+#endif
+                    for (; k < n; k++, next())
+                        for (int64_t j = 0; j < some; j++) to[j] = rows[j][k];
+                }
+}
+
+// Positions of a convolution for which every tap has a fixed offset: position j reads source j * step + offset(tap).
 // fprop and wgrad have one. dgrad with a stride has one for each remainder of an input position by the stride, with the
 // taps that reach it, so that nothing is multiplied with zeros between positions.
 struct Phase {
@@ -93,7 +128,8 @@ void set_phase(const hb_conv_shape& shape, bool gradient, int64_t number, int64_
         phase->offset[d] = memory, phase->index[d] = memory + shape.kernel[d];
         memory += 2 * shape.kernel[d];
         int64_t taps = 0;
-        for (int64_t t = 0; t < shape.kernel[d]; t++) {
+        for (int64_t i = 0; i < shape.kernel[d]; i++) {
+            const int64_t t = gradient ? shape.kernel[d] - 1 - i : i;  // so that the offsets rise
             const int64_t reach = t * shape.dilation[d] - shape.padding[d];
             if (gradient && (remainder - reach) % shape.stride[d]) continue;
             phase->offset[d][taps] = gradient ? (remainder - reach) / shape.stride[d] : reach;
@@ -102,68 +138,6 @@ void set_phase(const hb_conv_shape& shape, bool gradient, int64_t number, int64_
         phase->taps[d] = taps;
     }
     phase->length = phase->all() * (gradient ? shape.fan_out : shape.fan_in);
-}
-
-// The unfolded matrix of one phase and box: a line for each position, on it the channels of each tap.
-struct Gather {
-    const Box* box;
-    const Phase* phase;
-    const int64_t* source;             // lengths of the image
-    int64_t begin[3], count[3];        // positions
-    static constexpr bool along = true;
-
-    int64_t positions() const { return count[0] * count[1] * count[2]; }
-    void place(int64_t line, int64_t* j) const {
-        const auto rest = static_cast<uint32_t>(line);
-        const auto w = static_cast<uint32_t>(count[2]), h = static_cast<uint32_t>(count[1]);
-        const uint32_t row = rest / w;
-        j[2] = begin[2] + rest % w, j[1] = begin[1] + row % h, j[0] = begin[0] + row / h;
-    }
-    void fetch(int64_t line, int64_t at, int64_t n, uint8_t* to) const {
-        const int64_t channels = box->channels;
-        const int64_t* taps = phase->taps;
-        int64_t j[3];
-        place(line, j);
-        int64_t t = at / channels, c = at % channels;
-        int64_t t2 = t % taps[2], t1 = t / taps[2] % taps[1], t0 = t / taps[2] / taps[1];
-        while (n > 0) {
-            const int64_t s0 = j[0] * phase->step[0] + phase->offset[0][t0];
-            const int64_t s1 = j[1] * phase->step[1] + phase->offset[1][t1];
-            const int64_t s2 = j[2] * phase->step[2] + phase->offset[2][t2];
-            const int64_t some = least(n, channels - c);
-            const int64_t row = (s0 - box->from[0]) * box->size[1] + s1 - box->from[1];
-            const bool outside = static_cast<uint64_t>(s0) >= static_cast<uint64_t>(source[0]) ||
-                                 static_cast<uint64_t>(s1) >= static_cast<uint64_t>(source[1]) ||
-                                 static_cast<uint64_t>(s2) >= static_cast<uint64_t>(source[2]);
-            if (outside)
-                std::memset(to, 0, static_cast<size_t>(some));
-            else
-                copy_bytes(box->data + (row * box->width + s2) * channels + c, some, to);
-            to += some, n -= some, c = 0;
-            if (++t2 == taps[2]) {
-                t2 = 0;
-                if (++t1 == taps[1]) t1 = 0, t0++;
-            }
-        }
-    }
-};
-
-// The depths and heights that positions begin ... end of the result read, in a box without memory.
-Box box_for(const hb_conv_shape& shape, bool gradient, const int64_t* begin, const int64_t* end) {
-    const int64_t* source = gradient ? shape.output : shape.input;
-    Box box{nullptr, gradient ? shape.fan_out : shape.fan_in, {0, 0}, {0, 0}, source[2]};
-    for (int d = 0; d < 2; d++) {
-        const int64_t reach = (shape.kernel[d] - 1) * shape.dilation[d];
-        int64_t low = begin[d] * shape.stride[d] - shape.padding[d];
-        int64_t high = (end[d] - 1) * shape.stride[d] - shape.padding[d] + reach + 1;
-        if (gradient) {
-            low = floor_div(begin[d] + shape.padding[d] - reach, shape.stride[d]);
-            high = floor_div(end[d] - 1 + shape.padding[d], shape.stride[d]) + 1;
-        }
-        box.from[d] = least(most(low, 0), source[d]);
-        box.size[d] = most(0, least(high, source[d]) - box.from[d]);
-    }
-    return box;
 }
 
 }  // namespace

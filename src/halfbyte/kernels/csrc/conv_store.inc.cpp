@@ -1,7 +1,22 @@
 // From sums of positions by channels to a tensor whose channels come first.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace hb {
 namespace HB_NS {
 namespace {
+
+// Asks for pages of 2 MiB where a result is to be written: fresh memory of that size, page by page, costs as much time
+// as the products. No promise, and no harm where the system does not know it.
+inline void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const auto page = static_cast<uintptr_t>(4096), from = reinterpret_cast<uintptr_t>(memory);
+    if (bytes < int64_t{4} << 20) return;
+    const uintptr_t begin = (from + page - 1) / page * page, end = (from + static_cast<uintptr_t>(bytes)) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 struct Output {
     int32_t* sums;
@@ -46,29 +61,34 @@ HB_INLINE void transpose_numbers(const int32_t* from, int64_t row, const float* 
 
 #endif
 
-// Writes rows of sums: row r, channel c goes to places[r] + c * volume.
-HB_NOINLINE void store_block(const int32_t* sums, const int64_t* wide, int64_t stride, int64_t rows, int64_t channels,
-                             const int64_t* places, int64_t volume, const Output& to) {
-    if (to.wide) {
-        for (int64_t c = 0; c < channels; c++)
-            for (int64_t r = 0; r < rows; r++) to.wide[places[r] + c * volume] = wide[r * stride + c];
-        return;
-    }
-    int64_t row = 0;
-    while (row < rows) {
-        int64_t some = 1, c = 0;
-        while (some < 16 && row + some < rows && places[row + some] == places[row] + some) some++;
+// Writes a part's sums, (image, position, `stride`), to channels first ... first + have of a tensor of `all` channels.
+HB_NOINLINE void store_part(const int64_t* lengths, const Part& part, int64_t all, int64_t first, int64_t have,
+                            int64_t stride, const int32_t* sums, const int64_t* wide, const Output& to) {
+    const int64_t volume = lengths[0] * lengths[1] * lengths[2], n = part.length(1) * part.length(2);
+    for (int64_t i = 0; i < part.images; i++)
+        for (int64_t d = part.begin[0]; d < part.end[0]; d++, sums += n * stride, wide += n * stride) {
+            const int64_t place = (d * lengths[1] + part.begin[1]) * lengths[2];
+            const int64_t base = ((part.image + i) * all + first) * volume + place;
+            int64_t c = 0;
+            for (; to.wide && c < have; c++)
+                for (int64_t r = 0; r < n; r++) to.wide[base + c * volume + r] = wide[r * stride + c];
+            while (c < have) {
+                int32_t* at = to.sums + base + c * volume;
+                int64_t r = 0, some = 1;
 #if defined(HB_AVX512VNNI)
-        for (; some == 16 && c + 16 <= channels; c += 16)
-            transpose_numbers(sums + row * stride + c, stride, to.scale, to.sums + places[row] + c * volume, volume);
+                if (c + 16 <= have) {
+                    some = 16;
+                    for (; r + 16 <= n; r += 16)
+                        transpose_numbers(sums + r * stride + c, stride, to.scale, at + r, volume);
+                }
 #endif
-        for (; c < channels; c++) {
-            int32_t* at = to.sums + places[row] + c * volume;
-            for (int64_t r = 0; r < some; r++) at[r] = sums[(row + r) * stride + c];
-            if (to.scale) scale_row(at, some, *to.scale);
+                for (int64_t j = 0; j < some; j++, at += volume) {
+                    for (int64_t k = r; k < n; k++) at[k] = sums[k * stride + c + j];
+                    if (to.scale) scale_row(at + r, n - r, *to.scale);
+                }
+                c += some;
+            }
         }
-        row += some;
-    }
 }
 
 }  // namespace

@@ -1,138 +1,336 @@
 // The gradient of a convolution's weight.
+//
+// The reduction is cut into stretches: some images, or rows of one. Of a stretch, for a panel of input channels, each
+// tap would read a matrix of its own. All taps of one place in the kernel's width share one, made of whole rows: what
+// lies apart in the height is only rows apart. Where a stride is in the height, so is a matrix for each remainder.
 namespace hb {
 namespace HB_NS {
 namespace {
 
-// The reduction of wgrad: every image in slabs of some rows, each filled up to a multiple of four.
-struct Slabs {
-    int64_t rows, height, width, volume;  // rows (depth, height) of the output in a slab, all of them; positions
-    int64_t count, length, image;         // slabs of an image; places of a slab and of an image along the reduction
+constexpr int64_t STRETCH = 1024;  // positions of the output that are summed at a time, unless a row is longer
+constexpr int64_t TASKS = 8;       // wanted at least: with fewer panels the reduction is cut and its parts are added
 
-    Slabs(const hb_conv_shape& shape, int64_t padded) {
-        width = shape.output[2], height = shape.output[0] * shape.output[1], volume = width * height;
-        const int64_t fits = least(SLAB, PACKED_B / most(1, padded));
-        rows = most(1, least(height, fits / most(1, width)));
-        count = (height + rows - 1) / rows;
-        length = round_up(rows * width, 4);
-        image = (count - 1) * length + round_up(positions(count - 1), 4);
+constexpr int64_t SPAN_TAPS = 18;  // panels times taps that use a gradient once unpacked
+
+thread_local Scratch gradient_scratch, matrix_scratch;
+
+// All that wgrad knows before the first stretch.
+struct WeightPlan {
+    const hb_conv_shape *given, *shape;
+    Choice how;
+    const hb_codes *a, *b;
+    int64_t taps, columns, padded;
+    int64_t spans, span;      // cuts of the columns, and panels in each but the last
+    int64_t *copy, *rows;     // of each tap in the height: which of the matrices, and rows from its beginning
+    int64_t copies, reach;    // matrices of each place in depth and width; rows that each has more than the output
+    int64_t parts, stretches; // of the reduction
+    int64_t image_parts, parts1;
+    int32_t* sums;            // (group, span, part, panel, output channel, tap, panel's columns)
+    int64_t* wide;            // the same; null where 32 bits hold every sum
+
+    Part stretch(int64_t i) const {
+        const int64_t* out = shape->output;
+        if (image_parts) {
+            const int64_t image = shape->images * i / image_parts;
+            return {image, shape->images * (i + 1) / image_parts - image, {0, 0, 0}, {out[0], out[1], out[2]}};
+        }
+        const int64_t p1 = i % parts1, d = i / parts1 % out[0];
+        return {i / parts1 / out[0], 1, {d, out[1] * p1 / parts1, 0}, {d + 1, out[1] * (p1 + 1) / parts1, out[2]}};
     }
-    int64_t positions(int64_t slab) const { return least(rows, height - slab * rows) * width; }
-    int64_t start(int64_t slab) const { return slab / count * image + slab % count * length; }  // of any image's
+    int64_t width(int64_t panel) const { return least(PANEL, padded - panel * PANEL); }
+    // Columns of a span's panels.
+    int64_t span_width(int64_t i) const { return least(span * PANEL, padded - i * span * PANEL); }
+    // Where a task's sums begin, in those of all.
+    int64_t place(int64_t group, int64_t i, int64_t part) const {
+        return shape->fan_out * taps * (parts * (group * padded + i * span * PANEL) + part * span_width(i));
+    }
 };
 
-// A of wgrad: a line for each output channel of a group.
-struct Gradient {
-    const hb_codes* codes;
-    const Slabs* slabs;
-    int64_t first, channels;  // of the group; of an image
-    static constexpr bool along = true;
+// Sizes of a stretch: planes (image, depth), rows, groups of a row; bytes of a matrix' row, plane and all.
+struct Sizes {
+    int64_t planes, height, groups, row, plane, matrix;
 
-    void fetch(int64_t line, int64_t at, int64_t n, uint8_t* to) const {
-        while (n > 0) {
-            const int64_t image = at / slabs->image, rest = at % slabs->image;
-            const int64_t slab = least(rest / slabs->length, slabs->count - 1), in = rest - slab * slabs->length;
-            const int64_t real = slabs->positions(slab), whole = round_up(real, 4);
-            const int64_t plane = (image * channels + first + line) * slabs->volume;
-            const int64_t some = least(n, (in < real ? real : whole) - in);
-            if (in < real)
-                unpack(*codes, plane + slab * slabs->rows * slabs->width + in, some, to);
-            else
-                std::memset(to, 0, static_cast<size_t>(some));
-            to += some, at += some, n -= some;
+    Sizes(const WeightPlan& plan, const Part& part, int64_t width) {
+        planes = part.images * part.length(0), height = part.length(1);
+        groups = round_up(part.length(2), 4) / group_of(plan.how);
+        row = groups * width * 4, plane = (height + plan.reach) * row, matrix = planes * plane;
+    }
+    int64_t steps() const { return planes * height * groups; }
+};
+
+// Makes the matrices of one stretch and panel.
+void make_matrices(const WeightPlan& plan, const Part& part, int64_t group, int64_t panel, const Sizes& sizes,
+                   char* matrices) {
+    const hb_conv_shape& shape = *plan.shape;
+    const bool words = plan.how.method == WORDS;
+    const int64_t width = plan.width(panel), pitch = width * (words ? 2 : 1), column = panel * PANEL;
+    Box box = box_for(shape, false, part, least(width, plan.columns - column), pitch);
+    const int64_t bytes = box.bytes(), numbers = box.positions() * width;
+    box.data = reinterpret_cast<uint8_t*>(box_scratch.get(static_cast<size_t>(bytes + 64)));
+    box.codes = box.data + bytes - numbers;  // the end of the memory: numbers that are longer overwrite codes once read
+    std::memset(box.codes, 0, static_cast<size_t>(numbers));
+    fill_box(*plan.b, part.image, shape.groups * shape.fan_in, group * shape.fan_in + column, shape.input, box, width);
+    if (words)
+        read_words(plan.how.b, numbers, box.codes, reinterpret_cast<int16_t*>(box.data));
+    else
+        read_bytes(plan.how.b, numbers, box.data);
+    const int64_t* kernel = shape.kernel;
+    const int of = group_of(plan.how);
+    for (int64_t t0 = 0; t0 < kernel[0]; t0++)
+        for (int64_t t1 = 0; t1 < kernel[1]; t1++) {
+            // The tap that names a matrix is the first; how many rows it needs, the last.
+            int64_t last = t1;
+            for (int64_t t = 0; t < kernel[1]; t++)
+                if (plan.copy[t] == plan.copy[t1]) last = t < t1 ? -1 : most(last, t);
+            if (last < t1) continue;
+            for (int64_t t2 = 0; t2 < kernel[2]; t2++)
+                for (int64_t p = 0; p < sizes.planes; p++)
+                    for (int64_t y = 0; y < sizes.height + plan.rows[last] - plan.rows[t1]; y++) {
+                        const int64_t image = p / part.length(0), depth = part.begin[0] + p % part.length(0);
+                        const int64_t d = depth * shape.stride[0] + t0 * shape.dilation[0] - shape.padding[0];
+                        const int64_t above = t1 * shape.dilation[1] - shape.padding[1];
+                        const int64_t h = (part.begin[1] + y) * shape.stride[1] + above;
+                        const int64_t w = t2 * shape.dilation[2] - shape.padding[2];
+                        const uint8_t* from = box.data + (box.at(d, h, w) + image) * pitch;
+                        const int64_t step = shape.stride[2] * part.images * pitch;
+                        auto* to = reinterpret_cast<uint8_t*>(matrices) +
+                                   ((t0 * plan.copies + plan.copy[t1]) * kernel[2] + t2) * sizes.matrix +
+                                   p * sizes.plane + (y + plan.rows[t1]) * sizes.row;
+                        for (int64_t s = 0; s < sizes.groups; s++, to += 4 * width) {
+                            const uint8_t* rows[4];  // beyond the width the gradient is zero: any numbers will do
+                            for (int k = 0; k < of; k++)
+                                rows[k] = s * of + k < part.length(2) ? from + (s * of + k) * step : from;
+                            if (words)
+                                interleave_words(reinterpret_cast<const int16_t*>(rows[0]),
+                                                 reinterpret_cast<const int16_t*>(rows[1]), width, to);
+                            else
+                                interleave_bytes(rows, width, to);
+                        }
+                    }
         }
+}
+
+// Some output channels of the gradient in one stretch.
+struct GradientRows {
+    uint8_t* data;
+    int64_t rows, pitch; // bytes of a row
+    int32_t* start;      // -offset times the row's sum
+    Lists lists;         // a line: a row
+
+    void read(const WeightPlan& plan, const Part& part, int64_t first, int64_t count, const Sizes& sizes,
+              const int32_t* places) {
+        rows = count;
+        const hb_conv_shape& shape = *plan.shape;
+        const bool words = plan.how.method == WORDS;
+        const int64_t n = sizes.steps() * group_of(plan.how), width = shape.output[2], whole = round_up(width, 4);
+        const int64_t volume = shape.output[0] * shape.output[1] * width, channels = shape.groups * shape.fan_out;
+        pitch = round_up(4 * sizes.steps(), 64) + 64;
+        data = reinterpret_cast<uint8_t*>(gradient_scratch.get(static_cast<size_t>(rows * (pitch + 4) + n + 64)));
+        start = reinterpret_cast<int32_t*>(data + rows * pitch);
+        auto* codes = reinterpret_cast<uint8_t*>(start + rows);
+        if (plan.how.method == WINDOW)
+            lists.place(list_scratch.get(static_cast<size_t>(2 * Lists::bytes(rows, rows * sizes.steps()))), rows,
+                        rows * sizes.steps());
+        if (whole != width) std::memset(codes, 0, static_cast<size_t>(n));
+        for (int64_t r = 0; r < rows; r++) {
+            uint8_t* to = words ? codes : data + r * pitch;
+            if (!words && whole != width) std::memset(to, 0, static_cast<size_t>(n));
+            for (int64_t p = 0; p < sizes.planes; p++) {
+                const int64_t image = part.image + p / part.length(0), d = part.begin[0] + p % part.length(0);
+                const int64_t line = d * shape.output[1] + part.begin[1];
+                const int64_t at = (image * channels + first + r) * volume + line * width;
+                const int64_t lines = whole == width ? 1 : sizes.height, n_line = sizes.height / lines * width;
+                for (int64_t y = 0; y < lines; y++)
+                    unpack(*plan.a, at + y * width, n_line, to + (p * sizes.height + y) * whole);
+            }
+            if (plan.how.method == WINDOW) lists.begin_line(r);
+            start[r] = -plan.how.offset * read_line(plan.how, to, n, data + r * pitch, places, 0, &lists);
+        }
+        if (plan.how.method == WINDOW) lists.begin_line(rows);
     }
 };
 
-// Unfolds and packs one slab; `from` is where the packed stretch begins along the reduction.
-void pack_slab(const hb_conv_shape& shape, const hb_codes& x, const Phase& phase, const Slabs& slabs, int64_t slab,
-               int64_t group, const Choice& how, int64_t from, const PackedB& b) {
-    const int64_t image = slab / slabs.count, row = slab % slabs.count * slabs.rows;
-    const int64_t last = least(row + slabs.rows, slabs.height) - 1, high = shape.output[1];
-    const bool one = row / high == last / high;
-    const int64_t begin[2] = {row / high, one ? row % high : 0};
-    const int64_t end[2] = {last / high + 1, one ? last % high + 1 : high};
-    Box box = box_for(shape, false, begin, end);
-    box.data = reinterpret_cast<uint8_t*>(box_scratch.get(static_cast<size_t>(box.bytes() + 64)));
-    fill_box(x, (image * shape.groups + group) * shape.fan_in, shape.input, box);
-    const Gather lines{&box, &phase, shape.input, {0, 0, 0}, {shape.output[0], shape.output[1], shape.output[2]}};
-    const int64_t stride = b.padded + 64, positions = slabs.positions(slab % slabs.count);
-    auto* memory = reinterpret_cast<uint8_t*>(line_scratch.get(static_cast<size_t>(4 * stride)));
-    uint8_t* const four[4] = {memory, memory + stride, memory + 2 * stride, memory + 3 * stride};
-    const int64_t first = (slabs.start(slab) - from) / b.group, per_block = b.block / b.group;
-    for (int64_t s = 0; s < round_up(positions, 4) / b.group; s++) {
-        for (int j = 0; j < b.group; j++) {
-            const int64_t line = s * b.group + j, have = line < positions ? b.columns : 0;
-            if (have) lines.fetch(row * slabs.width + line, 0, have, four[j]);
-            std::memset(four[j] + have, 0, static_cast<size_t>(stride - have));
+// Rows of the gradient by one tap's panel, t->b.
+void multiply_gradient(const WeightPlan& plan, const GradientRows& g, int32_t* sums, int64_t stride, int vectors,
+                       RunTile* t) {
+#if defined(HB_AVX512VNNI)
+    alignas(64) int32_t beyond[2][ROWS * PANEL];
+#endif
+    for (int64_t row = 0; row < g.rows; row += ROWS) {
+        const int n = static_cast<int>(least(ROWS, g.rows - row));
+        for (int r = 0; r < n; r++) {
+            t->a[r] = reinterpret_cast<const char*>(g.data) + (row + r) * g.pitch;
+            t->c[r] = sums + (row + r) * stride;
+            t->start[r] = g.start[row + r];
         }
-        pack_step(four, how, (first + s) / per_block, (first + s) % per_block, b);
+#if defined(HB_AVX512VNNI)
+        for (int side = 0; plan.how.method == WINDOW && side < 2; side++) {
+            if (!plan.how.used[side]) continue;
+            for (int r = 0; r < n; r++) {
+                const int32_t* starts = g.lists.starts[side] + row + r;
+                const Stretch all{starts[0], starts[1], t->b};
+                sparse_runs(g.lists, side, &all, 1, vectors, beyond[side] + r * PANEL);
+            }
+            (side ? t->last : t->first) = beyond[side];
+        }
+#endif
+        run_tiles(*t, n, vectors, plan.how.method == WORDS);
     }
 }
 
-// float32(sum) * scale, from (taps, I) to (I, taps).
+// One stretch of a span: adds to (or begins) the sums (panel, output channel, tap, column).
+void weight_stretch(const WeightPlan& plan, int64_t group, int64_t span, const Part& part, int32_t* sums, bool add) {
+    const hb_conv_shape& shape = *plan.shape;
+    const int64_t first = span * plan.span, panels = (plan.span_width(span) + PANEL - 1) / PANEL;
+    const int64_t* kernel = shape.kernel;
+    const Sizes most_sizes(plan, part, PANEL);
+    const int64_t bytes = kernel[0] * plan.copies * kernel[2] * most_sizes.matrix;
+    char* const matrices = matrix_scratch.get(static_cast<size_t>(panels * bytes));
+    for (int64_t i = 0; i < panels; i++)
+        make_matrices(plan, part, group, first + i, {plan, part, plan.width(first + i)}, matrices + i * bytes);
+    const int64_t planes = most_sizes.planes, steps = most_sizes.height * most_sizes.groups;
+    char* memory = row_scratch.get(static_cast<size_t>(planes * 16 + (most_sizes.steps() + 16) * 4));
+    auto* runs = reinterpret_cast<Run*>(memory);
+    auto* places = reinterpret_cast<int32_t*>(runs + planes);
+    for (int64_t i = 0, p = 0; p < planes; p++)
+        for (int64_t s = 0; s < steps; s++)
+            places[i++] = static_cast<int32_t>(p * (most_sizes.height + plan.reach) * most_sizes.groups + s);
+    RunTile t{};
+    t.runs = runs, t.count = planes, t.steps = steps, t.shift = plan.how.shift, t.add = add;
+    if (!plan.reach) t.count = 1, t.steps *= planes;
+    for (int64_t block = 0; block < shape.fan_out; block += BLOCK_ROWS) {
+        GradientRows g{};
+        g.read(plan, part, group * shape.fan_out + block, least(BLOCK_ROWS, shape.fan_out - block), most_sizes, places);
+        for (int64_t i = 0; i < panels; i++) {
+            const int64_t width = plan.width(first + i);
+            const Sizes sizes(plan, part, width);
+            for (int64_t p = 0; p < planes; p++) runs[p] = {p * steps * 4, p * sizes.plane};
+            for (int64_t tap = 0; tap < plan.taps; tap++) {
+                const int64_t t0 = tap / kernel[2] / kernel[1], t1 = tap / kernel[2] % kernel[1], t2 = tap % kernel[2];
+                t.b = matrices + i * bytes + plan.rows[t1] * sizes.row +
+                      ((t0 * plan.copies + plan.copy[t1]) * kernel[2] + t2) * sizes.matrix;
+                int32_t* to = sums + (i * shape.fan_out * PANEL + block * width) * plan.taps + tap * width;
+                multiply_gradient(plan, g, to, plan.taps * width, static_cast<int>(width / LANES), &t);
+            }
+        }
+    }
+}
+
+// One part of the reduction of a span's sums.
+void weight_task(const WeightPlan& plan, int64_t group, int64_t span, int64_t part) {
+    const int64_t place = plan.place(group, span, part);
+    const int64_t size = plan.shape->fan_out * plan.taps * plan.span_width(span);
+    const int64_t begin = plan.stretches * part / plan.parts, end = plan.stretches * (part + 1) / plan.parts;
+    int32_t* sums = plan.sums + place;
+    int64_t since = 0;  // products in the 32-bit sums
+    if (begin == end) std::memset(sums, 0, static_cast<size_t>(size) * 4);
+    if (plan.wide) std::memset(plan.wide + place, 0, static_cast<size_t>(size) * 8);
+    for (int64_t i = begin; i < end; i++) {
+        const Part stretch = plan.stretch(i);
+        const int64_t more = stretch.images * stretch.positions();
+        if (plan.wide && since && since + more > plan.how.limit) {
+            widen_row(sums, size, true, plan.wide + place);
+            since = 0;
+        }
+        weight_stretch(plan, group, span, stretch, sums, since > 0);
+        since += more;
+    }
+    if (plan.wide && since) widen_row(sums, size, true, plan.wide + place);
+}
+
+// Adds the parts of one output channel and writes them: sums or wide as (tap, I), or the scaled result as (I, tap).
 template <class T>
-void store_weight(const T* sums, int64_t fan_in, int64_t taps, float scale, float* to) {
-    for (int64_t i = 0; i < fan_in; i++)
-        for (int64_t t = 0; t < taps; t++) to[i * taps + t] = static_cast<float>(sums[t * fan_in + i]) * scale;
+void store_weight(const WeightPlan& plan, int64_t o, const T* parts, int32_t* sums, int64_t* wide, const float* scale,
+                  float* result) {
+    const int64_t group = o / plan.shape->fan_out, row = o % plan.shape->fan_out;
+    for (int64_t panel = 0; panel * PANEL < plan.padded; panel++) {
+        // Of a fuller group's columns, those of the channel's own group.
+        const int64_t fan = plan.given->fan_in, own = o / plan.given->fan_out * fan % plan.columns;
+        const int64_t width = plan.width(panel), have = least(width, fan - panel * PANEL);
+        const int64_t span = panel / plan.span, in = panel % plan.span * PANEL;
+        for (int64_t t = 0; t < plan.taps; t++) {
+            T line[PANEL] = {};
+            for (int64_t part = 0; part < plan.parts; part++) {
+                const T* from = parts + plan.place(group, span, part) +
+                                (plan.shape->fan_out * in + row * width) * plan.taps + t * width;
+                for (int64_t i = 0; i < width; i++) line[i] += from[i];
+            }
+            const int64_t by_column = o * fan + panel * PANEL, by_tap = (o * plan.taps + t) * fan + panel * PANEL;
+            for (int64_t i = 0; i < have; i++)
+                if (scale)
+                    result[(by_column + i) * plan.taps + t] = static_cast<float>(line[own + i]) * *scale;
+                else if (wide)
+                    wide[by_tap + i] = line[own + i];
+                else
+                    sums[by_tap + i] = static_cast<int32_t>(line[own + i]);
+        }
+    }
 }
 
 }  // namespace
 
-static int32_t convolve_weight(const hb_codes* a, const hb_codes* b, const hb_conv_shape* shape, int32_t* sums,
+static int32_t convolve_weight(const hb_codes* a, const hb_codes* b, const hb_conv_shape* given, int32_t* sums,
                                int64_t* wide, const float* scale, float* result, int32_t method) {
-    const int64_t taps = shape->kernel[0] * shape->kernel[1] * shape->kernel[2], columns = taps * shape->fan_in;
-    const Choice how = choose(*a, *b, columns, method);
-    const int64_t out = shape->groups * shape->fan_out, all = out * columns;
-    std::memset(sums, 0, static_cast<size_t>(all) * 4);
-    if (wide) std::memset(wide, 0, static_cast<size_t>(all) * 8);
-    const int64_t padded = padded_columns(columns);
-    const Slabs slabs(*shape, padded);
-    const int64_t kernel = shape->kernel[0] + shape->kernel[1] + shape->kernel[2];
-    auto* numbers = static_cast<int64_t*>(std::malloc(static_cast<size_t>(2 * kernel) * sizeof(int64_t)));
-    if (!numbers) std::abort();
-    Phase phase;
-    set_phase(*shape, false, 0, numbers, &phase);
-    const int64_t fits = least(PACKED_B / most(1, padded) / (4 / group_of(how)), wide ? how.limit : INT64_MAX);
-    const int64_t at_a_time = most(1, fits / most(1, slabs.length));
-    const int64_t total = slabs.volume && all ? shape->images * slabs.count : 0;
-    const Cut cut(most(1, shape->fan_out), most(1, columns));
-    for (int64_t group = 0; group < shape->groups && total; group++) {
-        const Gradient g{a, &slabs, group * shape->fan_out, out};
-        int32_t* c = sums + group * shape->fan_out * columns;
-        int64_t since = 0;  // products since the last flush
-        for (int64_t slab = 0; slab < total; slab += at_a_time) {
-            const int64_t stop = least(total, slab + at_a_time), from = slabs.start(slab);
-            const int64_t until = stop == total ? shape->images * slabs.image : slabs.start(stop);
-            const int64_t length = until - from;
-            PackedB packed{nullptr, columns, padded, length, block_length(how), group_of(how)};
-            packed.data = shared_scratch.get(static_cast<size_t>(PackedB::bytes(length, padded, packed.group)));
-            parallel_for(stop - slab, 1, [&](int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; i++)
-                    pack_slab(*shape, *b, phase, slabs, slab + i, group, how, from, packed);
-            });
-            const int64_t next = stop == total ? 0 : (least(total, stop + at_a_time) - stop) * slabs.length;
-            const bool flush = wide && (stop == total || since + length + next > how.limit), add = since > 0;
-            cut.run([&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-                multiply_stretch(g, how, packed, from, row, rows, begin, end, c + row * columns, columns, add);
-                for (int64_t r = row; flush && r < row + rows; r++) {
-                    const int64_t at = r * columns + begin;
-                    widen_row(c + at, end - begin, true, wide + (c - sums) + at);
-                }
-            });
-            since = flush ? 0 : since + length;
+    hb_conv_shape turned = with_fuller_groups(*given);
+    const auto flat = [](const int64_t* lengths) { return lengths[2] == 1; };
+    if (flat(turned.input) && flat(turned.output) && flat(turned.kernel) && !turned.padding[2] &&
+        turned.output[1] <= STRETCH) {  // one dimension: along the width, which is summed in groups
+        int64_t* const all[] = {turned.input,  turned.output,  turned.kernel,
+                                turned.stride, turned.padding, turned.dilation};
+        for (int64_t* lengths : all) {
+            const int64_t height = lengths[1];
+            lengths[1] = lengths[2], lengths[2] = height;
         }
     }
-    if (scale)
-        parallel_for(all ? out : 0, 4, [&](int64_t begin, int64_t end) {
-            for (int64_t o = begin; o < end; o++)
-                if (wide)
-                    store_weight(wide + o * columns, shape->fan_in, taps, *scale, result + o * columns);
-                else
-                    store_weight(sums + o * columns, shape->fan_in, taps, *scale, result + o * columns);
-        });
-    std::free(numbers);
+    const hb_conv_shape* shape = &turned;
+    const int64_t taps = shape->kernel[0] * shape->kernel[1] * shape->kernel[2], columns = shape->fan_in;
+    WeightPlan plan{given, shape, choose(*a, *b, most(columns, WINDOW_COLUMNS), method), a, b, taps, columns,
+                    padded_columns(columns), 0, 0, nullptr, nullptr, 0, 0, 1, 0, 0, 1, nullptr, nullptr};
+    // So many panels that unpacking the gradient for them pays.
+    plan.span = most(1, SPAN_TAPS / most(1, taps));
+    plan.spans = (plan.padded + plan.span * PANEL - 1) / (plan.span * PANEL);
+    const int64_t tasks = shape->groups * plan.spans, height = shape->kernel[1];
+    plan.copy = static_cast<int64_t*>(std::malloc(static_cast<size_t>(2 * height + 1) * 8));
+    if (!plan.copy) std::abort();
+    plan.rows = plan.copy + height;
+    for (int64_t t = 0; t < height; t++) {
+        const int64_t at = t * shape->dilation[1], first = at % shape->stride[1];
+        plan.rows[t] = at / shape->stride[1];
+        plan.reach = most(plan.reach, plan.rows[t]);
+        plan.copy[t] = -1;
+        for (int64_t s = 0; s < t && plan.copy[t] < 0; s++)
+            if (s * shape->dilation[1] % shape->stride[1] == first) plan.copy[t] = plan.copy[s];
+        if (plan.copy[t] < 0) plan.copy[t] = plan.copies++;
+    }
+    const int64_t *out = shape->output, volume = out[0] * out[1] * out[2], all = shape->groups * shape->fan_out;
+    if (volume && shape->images && volume <= STRETCH) {
+        const int64_t fit = STRETCH / volume;
+        plan.stretches = plan.image_parts = (shape->images + fit - 1) / fit;
+    } else if (volume) {
+        const int64_t rows = most(1, STRETCH / out[2]);
+        plan.parts1 = (out[1] + rows - 1) / rows;
+        plan.stretches = shape->images * out[0] * plan.parts1;
+    }
+    plan.parts = most(1, least(plan.stretches, (TASKS + tasks - 1) / most(1, tasks)));
+    const int64_t numbers = plan.parts * all * taps * plan.padded;
+    const bool split = shape->images * volume > plan.how.limit;
+    char* memory = shared_scratch.get(static_cast<size_t>(most(1, numbers * (split ? 12 : 4))));
+    plan.wide = split ? reinterpret_cast<int64_t*>(memory) : nullptr;
+    plan.sums = reinterpret_cast<int32_t*>(memory + (split ? numbers * 8 : 0));
+    parallel_for(tasks * plan.parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; task++)
+            weight_task(plan, task / plan.parts / plan.spans, task / plan.parts % plan.spans, task % plan.parts);
+    });
+    parallel_for(all, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin; o < end; o++)
+            if (split)
+                store_weight(plan, o, plan.wide, sums, wide, scale, result);
+            else
+                store_weight(plan, o, plan.sums, sums, wide, scale, result);
+    });
+    std::free(plan.copy);
     shared_scratch.trim();
-    return how.method;
+    return plan.how.method;
 }
 
 }  // namespace HB_NS

@@ -94,6 +94,7 @@ const char* hb_build(void) { return HB_BUILD; }
     result hb_##name parameters { return hb::current().name arguments; }
 #include "quantize_table.inc"
 #include "gemm_table.inc"
+#include "stash_table.inc"
 #undef HB_FUNCTION
 
 }  // extern "C"

@@ -69,8 +69,7 @@ HB_NOINLINE void pack_panel(const View& view, const Choice& how, int64_t line, i
             else
                 read_bytes(how.b, padded, bytes);
         }
-        for (int64_t s = 0; s < steps; s++)
-            for (int64_t j = 0; j < some; j++) std::memcpy(to + 4 * (s * width + j0 + j), rows[j] + 4 * s, 4);
+        transpose_groups(rows[0], ROW_STRIDE, some, steps, width, to + 4 * j0);
     }
 }
 
@@ -211,8 +210,8 @@ struct Result {
 struct Cut {
     int64_t m, n, rows, row_blocks, columns, column_blocks;
 
-    Cut(int64_t m_, int64_t n_) : m(m_), n(n_) {
-        row_blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    Cut(int64_t m_, int64_t n_, int64_t limit = BLOCK_ROWS) : m(m_), n(n_) {
+        row_blocks = (m + limit - 1) / limit;
         rows = round_up((m + row_blocks - 1) / row_blocks, ROWS);
         row_blocks = (m + rows - 1) / rows;
         columns = ((n + PANEL - 1) / PANEL + 15) / 16 * PANEL;
@@ -248,6 +247,23 @@ void multiply_stretch(const View& a, const Choice& how, const PackedB& b, int64_
     }
 }
 
+// All rows of A times a packed stretch of B that begins at k, for columns first ... of the result; finished if `last`.
+template <class View>
+void multiply_packed(const View& a, const Choice& how, const PackedB& b, int64_t k, int64_t first, int64_t m, bool last,
+                     const Result& to) {
+    Cut(m, b.columns, MOST_ROWS).run([&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+        int32_t* c = to.sums + row * to.stride + first;
+        multiply_stretch(a, how, b, k, row, rows, begin, end, c, to.stride, k > 0 && !to.wide);
+        for (int64_t r = 0; r < rows; r++) {
+            int32_t* line = c + r * to.stride + begin;
+            if (to.wide)
+                widen_row(line, end - begin, k > 0, to.wide + (line - to.sums));
+            else if (last && to.scale)
+                scale_row(line, end - begin, *to.scale);
+        }
+    });
+}
+
 template <class ViewA, class ViewB>
 void product(const ViewA& a, const ViewB& b, const Choice& how, int64_t m, int64_t n, int64_t k, const Result& to) {
     const int group = group_of(how);
@@ -257,47 +273,61 @@ void product(const ViewA& a, const ViewB& b, const Choice& how, int64_t m, int64
         const int64_t columns = least(COLUMNS, n - first), padded = padded_columns(columns);
         const int64_t fits = PACKED_B / PackedB::bytes(block, padded, group) * block;
         const int64_t stretch = least(most(block, fits), most(block, limit / block * block));
-        const Cut cut(m, columns);
         for (int64_t at = 0; at < k; at += stretch) {
             PackedB packed{nullptr, columns, padded, least(stretch, k - at), block, group};
             packed.data = shared_scratch.get(static_cast<size_t>(PackedB::bytes(packed.length, padded, group)));
             pack_b(b, how, at, first, packed);
-            const bool last = at + stretch >= k;
-            cut.run([&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-                int32_t* c = to.sums + row * to.stride + first;
-                multiply_stretch(a, how, packed, at, row, rows, begin, end, c, to.stride, at > 0 && !to.wide);
-                for (int64_t r = 0; r < rows; r++) {
-                    int32_t* line = c + r * to.stride + begin;
-                    if (to.wide)
-                        widen_row(line, end - begin, at > 0, to.wide + (line - to.sums));
-                    else if (last && to.scale)
-                        scale_row(line, end - begin, *to.scale);
-                }
-            });
+            multiply_packed(a, how, packed, at, first, m, at + stretch >= k, to);
         }
     }
     shared_scratch.trim();
 }
 
+// Memory with a whole matrix B, as `product` packs it.
+PackedB prepared(const Choice& how, int64_t n, int64_t k, void* panels) {
+    return {static_cast<char*>(panels), n, padded_columns(n), k, block_length(how), group_of(how)};
+}
+
 }  // namespace
 
-static int32_t matmul(const hb_codes* a, int32_t a_along, const hb_codes* b, int32_t b_along, int64_t batch, int64_t m,
-                      int64_t n, int64_t k, int32_t* sums, int64_t* wide, const float* scale, int32_t method) {
+static int32_t matmul_method(const hb_codes* a, const hb_codes* b, int64_t n, int32_t method) {
+    return choose(*a, *b, n, method).method;
+}
+
+static int64_t matmul_panels(const hb_codes* b, int32_t b_along, int64_t n, int64_t k, int32_t method, void* panels) {
+    Choice how{};
+    how.method = static_cast<Method>(method);
+    read_b(*b, &how);
+    const PackedB packed = prepared(how, n, k, panels);
+    if (panels) pack_b(Matrix{b, 0, b_along ? k : n, b_along != 0}, how, 0, 0, packed);
+    return PackedB::bytes(k, packed.padded, packed.group);
+}
+
+static int32_t matmul(const hb_codes* a, int32_t a_along, const hb_codes* b, int32_t b_along, const void* panels,
+                      int64_t batch, int64_t m, int64_t n, int64_t k, int32_t* sums, int64_t* wide,
+                      const float* scale_a, const float* scale_b, double unit, int32_t method) {
     const Choice how = choose(*a, *b, n, method);
+    // Rounded as halfbyte.kernels.reference.gemm.output_scale does.
+    const double scales = scale_a ? static_cast<double>(*scale_a) * static_cast<double>(*scale_b) : 1;
+    const auto factor = static_cast<float>(scales * unit);
+    const float* scale = scale_a && !wide ? &factor : nullptr;
     if (batch <= 0 || m <= 0 || n <= 0) return how.method;
     if (k <= 0) {
-        const Result all{sums, wide, n, scale};
         for (int64_t r = 0; r < batch * m; r++) {
-            std::memset(all.sums + r * n, 0, static_cast<size_t>(n) * 4);
+            std::memset(sums + r * n, 0, static_cast<size_t>(n) * 4);
             if (wide) std::memset(wide + r * n, 0, static_cast<size_t>(n) * 8);
-            else if (scale) scale_row(all.sums + r * n, n, *scale);
+            if (scale) scale_row(sums + r * n, n, *scale);
         }
         return how.method;
     }
     const auto one = [&](int64_t i) {
         const Matrix left{a, i * m * k, a_along ? k : m, a_along != 0};
         const Matrix right{b, i * n * k, b_along ? k : n, b_along != 0};
-        product(left, right, how, m, n, k, {sums + i * m * n, wide ? wide + i * m * n : nullptr, n, scale});
+        const Result to{sums + i * m * n, wide ? wide + i * m * n : nullptr, n, scale};
+        if (panels)
+            multiply_packed(left, how, prepared(how, n, k, const_cast<void*>(panels)), 0, 0, m, true, to);
+        else
+            product(left, right, how, m, n, k, to);
     };
     if (batch < 8) {
         for (int64_t i = 0; i < batch; i++) one(i);

@@ -12,7 +12,8 @@ namespace {
 
 enum Method { AUTO = 0, BYTES = 1, WINDOW = 2, WORDS = 3 };
 
-constexpr int BLOCK_ROWS = 96;                     // rows of A that are packed at a time
+constexpr int BLOCK_ROWS = 96;                     // rows of A that a convolution packs at a time
+constexpr int MOST_ROWS = 192;                     // and others: the longer the lines across rows, the better
 constexpr int BLOCK_BYTES = 512;                   // of one row: 512 8-bit or 256 16-bit numbers
 constexpr int ROW_STRIDE = BLOCK_BYTES + 64;       // an odd number of cache lines, so that rows differ in their sets
 constexpr int LIST = BLOCK_BYTES / 4 + 16;         // groups of a row, and what a vector store may write beyond them
@@ -41,6 +42,8 @@ Reading reading_of(const hb_codes& q, int offset) {
     return how;
 }
 
+int offset_of(const hb_codes& b) { return b.low < 0 ? -b.low : 0; }
+
 bool fits_bytes(const hb_codes& a, const hb_codes& b, int offset) {
     bool fits = a.low >= -128 && a.high <= 127 && b.high + offset <= 255;
 #if defined(HB_AVX2) && !defined(HB_AVX512VNNI)
@@ -54,18 +57,25 @@ bool fits_bytes(const hb_codes& a, const hb_codes& b, int offset) {
 // The window of four levels that holds most codes; returns the percentage outside. Looks at a sample of the bytes.
 double best_window(const hb_codes& q, int* bottom) {
     const int64_t bytes = (q.numel + 1) / 2, run = 64, runs = most(1, least(bytes / run, 512));
-    int64_t count[16] = {};
+    const __mmask64 some = bytes >= run ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
+    const __m512i bits = _mm512_set1_epi8(7);
+    int64_t level[7] = {}, used = 0, best = -1;
     for (int64_t i = 0; i < runs; i++) {
-        const uint8_t* at = q.codes + bytes / runs * i;
-        for (int64_t j = 0; j < least(run, bytes); j++) count[at[j] & 15]++, count[at[j] >> 4]++;
+        const __m512i codes = _mm512_maskz_loadu_epi8(some, q.codes + bytes / runs * i);
+        const __m512i low = _mm512_and_si512(codes, bits);
+        const __m512i high = _mm512_and_si512(_mm512_srl_epi16(codes, _mm_cvtsi32_si128(4)), bits);
+        for (int e = 0; e < 7; e++) {
+            const __m512i code = _mm512_set1_epi8(static_cast<char>(e + 1));
+            level[e] += __builtin_popcountll(_mm512_cmpeq_epi8_mask(low, code)) +
+                        __builtin_popcountll(_mm512_cmpeq_epi8_mask(high, code));
+        }
     }
-    int64_t level[7], all = count[0] + count[8], best = -1;
-    for (int e = 0; e < 7; e++) all += level[e] = count[e + 1] + count[e + 9];
+    for (const int64_t one : level) used += one;
     for (int b = 0; b < 4; b++) {
         const int64_t inside = level[b] + level[b + 1] + level[b + 2] + level[b + 3];
         if (inside > best) best = inside, *bottom = b;
     }
-    return all ? 100.0 * static_cast<double>(all - count[0] - count[8] - best) / static_cast<double>(all) : 0;
+    return bytes ? 50.0 * static_cast<double>(used - best) / static_cast<double>(runs * least(run, bytes)) : 0;
 }
 
 void set_window(const hb_codes& q, int bottom, Choice* how) {
@@ -83,10 +93,16 @@ void set_window(const hb_codes& q, int bottom, Choice* how) {
 
 #endif
 
+// How B is read under the method that was chosen: 8-bit numbers are made unsigned.
+void read_b(const hb_codes& b, Choice* how) {
+    how->offset = how->method == WORDS ? 0 : offset_of(b);
+    how->b = reading_of(b, how->offset);
+}
+
 // How to multiply A (signed bytes or words) and B of so many columns. A `wanted` way is taken where it is possible.
 Choice choose(const hb_codes& a, const hb_codes& b, [[maybe_unused]] int64_t columns, int wanted) {
     Choice how{};
-    const int offset = b.low < 0 ? -b.low : 0;
+    const int offset = offset_of(b);
     const int64_t largest = static_cast<int64_t>(most(a.high, -a.low)) * most(b.high, -b.low);
     how.limit = INT32_MAX / most(1, largest);
     how.method = fits_bytes(a, b, offset) && wanted != WORDS ? BYTES : WORDS;
@@ -102,30 +118,29 @@ Choice choose(const hb_codes& a, const hb_codes& b, [[maybe_unused]] int64_t col
         }
     }
 #endif
-    how.offset = how.method == WORDS ? 0 : offset;
     if (how.method != WINDOW) how.a = reading_of(a, 0);
-    how.b = reading_of(b, how.offset);
+    read_b(b, &how);
     return how;
 }
 
 HB_INLINE int group_of(const Choice& how) { return how.method == WORDS ? 2 : 4; }
 HB_INLINE int64_t block_length(const Choice& how) { return BLOCK_BYTES / (how.method == WORDS ? 2 : 1); }
 
-// A block of A: up to BLOCK_ROWS rows and one stretch of the reduction.
+// A block of A: up to MOST_ROWS rows and one stretch of the reduction.
 struct BlockA {
     int64_t rows, steps, row_stride, step_stride;
-    char* data;                              // BLOCK_ROWS * ROW_STRIDE bytes
-    int32_t* groups[2];                      // what lies above and below the window: BLOCK_ROWS lists of LIST
+    char* data;                              // MOST_ROWS * ROW_STRIDE bytes
+    int32_t* groups[2];                      // what lies above and below the window: MOST_ROWS lists of LIST
     int32_t* places[2];
-    int32_t count[2][BLOCK_ROWS];
-    int32_t start[BLOCK_ROWS];               // -offset times the row's sum
+    int32_t count[2][MOST_ROWS];
+    int32_t start[MOST_ROWS];                // -offset times the row's sum
 
-    static constexpr size_t BYTES_NEEDED = size_t{BLOCK_ROWS} * (ROW_STRIDE + 4 * LIST * 4);
+    static constexpr size_t BYTES_NEEDED = size_t{MOST_ROWS} * (ROW_STRIDE + 4 * LIST * 4);
     explicit BlockA(char* memory) : data(memory) {
-        auto* lists = reinterpret_cast<int32_t*>(memory + BLOCK_ROWS * ROW_STRIDE);
+        auto* lists = reinterpret_cast<int32_t*>(memory + MOST_ROWS * ROW_STRIDE);
         for (int side = 0; side < 2; side++) {
-            groups[side] = lists + (2 * side) * BLOCK_ROWS * LIST;
-            places[side] = lists + (2 * side + 1) * BLOCK_ROWS * LIST;
+            groups[side] = lists + (2 * side) * MOST_ROWS * LIST;
+            places[side] = lists + (2 * side + 1) * MOST_ROWS * LIST;
         }
     }
 };
@@ -239,9 +254,9 @@ HB_NOINLINE void pack_rows(const View& view, const Choice& how, int64_t row, int
 // Fills a block from lines that run across the rows: lines k ... k + n, places row ... row + block->rows.
 template <class View>
 HB_NOINLINE void pack_columns(const View& view, const Choice& how, int64_t row, int64_t k, int64_t n, BlockA* block) {
-    alignas(64) uint8_t lines[4][BLOCK_ROWS];
-    alignas(64) int16_t wide[2][BLOCK_ROWS];
-    alignas(64) int32_t sums[BLOCK_ROWS] = {};
+    alignas(64) uint8_t lines[4][MOST_ROWS];
+    alignas(64) int16_t wide[2][MOST_ROWS];
+    alignas(64) int32_t sums[MOST_ROWS] = {};
     const int group = group_of(how);
     const int64_t rows = block->rows, padded = round_up(rows, 16);
     const uint8_t* const pointers[4] = {lines[0], lines[1], lines[2], lines[3]};

@@ -33,20 +33,28 @@ struct Scratch {
     }
 };
 
-// Low or high halves of n bytes.
+// Low or high halves of as many bytes as T has, a vector of 16-bit words: the mask takes what words shift across bytes.
+template <class T>
+HB_INLINE void halves_of(const uint8_t* from, int shift, uint8_t* to) {
+    T x;
+    std::memcpy(&x, from, sizeof x);
+    x = x >> shift & (T{} + uint16_t{0x0f0f});
+    std::memcpy(to, &x, sizeof x);
+}
+
+// Low or high halves of n bytes. The last ones overlap those before: masked stores of bytes are slow.
 HB_INLINE void halves(const uint8_t* from, int shift, int64_t n, uint8_t* to) {
+    typedef uint16_t bytes16 __attribute__((vector_size(16)));
+    typedef uint16_t bytes64 __attribute__((vector_size(64)));
     int64_t i = 0;
-#if defined(HB_AVX512VNNI)
-    const __m512i low = _mm512_set1_epi8(15);
-    const __m128i by = _mm_cvtsi32_si128(shift);
-    for (; i < n; i += 64) {
-        const __mmask64 some = n - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (n - i)) - 1;
-        const __m512i bytes = _mm512_maskz_loadu_epi8(some, from + i);
-        _mm512_mask_storeu_epi8(to + i, some, _mm512_and_si512(_mm512_srl_epi16(bytes, by), low));
+    for (; i + 64 <= n; i += 64) halves_of<bytes64>(from + i, shift, to + i);
+    if (i == n) return;
+    if (n >= 16) {
+        for (; i + 16 <= n; i += 16) halves_of<bytes16>(from + i, shift, to + i);
+        halves_of<bytes16>(from + n - 16, shift, to + n - 16);
+        return;
     }
-#else
     for (; i < n; i++) to[i] = static_cast<uint8_t>(from[i] >> shift & 15);
-#endif
 }
 
 // The codes start ... start + n of a tensor, one to a byte.
@@ -148,6 +156,28 @@ HB_INLINE void interleave_bytes(const uint8_t* const rows[4], int64_t n, uint8_t
 #endif
     for (; i < n; i++)
         for (int j = 0; j < 4; j++) to[4 * i + j] = rows[j][i];
+}
+
+// Lines of 32-bit groups, `apart` bytes from each other, to columns: group s of line j becomes group s * stride + j.
+HB_INLINE void transpose_groups(const uint8_t* from, int64_t apart, int64_t lines, int64_t steps, int64_t stride,
+                                char* to) {
+    int64_t s = 0;
+#if defined(HB_AVX2)
+    for (; s + 4 <= steps; s += 4)
+        for (int64_t j = 0; j < lines; j += 4) {  // lines: a multiple of 8
+            __m128i x[4];
+            for (int i = 0; i < 4; i++)
+                x[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (j + i) * apart + 4 * s));
+            const __m128i a = _mm_unpacklo_epi32(x[0], x[1]), b = _mm_unpackhi_epi32(x[0], x[1]);
+            const __m128i c = _mm_unpacklo_epi32(x[2], x[3]), d = _mm_unpackhi_epi32(x[2], x[3]);
+            const __m128i y[4] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d),
+                                  _mm_unpackhi_epi64(b, d)};
+            for (int i = 0; i < 4; i++)
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4 * ((s + i) * stride + j)), y[i]);
+        }
+#endif
+    for (; s < steps; s++)
+        for (int64_t j = 0; j < lines; j++) std::memcpy(to + 4 * (s * stride + j), from + j * apart + 4 * s, 4);
 }
 
 // Two rows of words to n groups of two.

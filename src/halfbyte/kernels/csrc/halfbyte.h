@@ -84,10 +84,11 @@ HB_EXPORT void hb_encode_levels(const void* x, int32_t dtype, int64_t n, const f
 HB_EXPORT void hb_clip_bits(const void* x, int32_t dtype, int64_t n, const float* low, const float* high,
                             uint8_t* inside, uint8_t* ties, int32_t* any_tie);
 
-// hb_encode_grid (low 0, offset 0), hb_value_range and hb_clip_bits from one read.
-HB_EXPORT void hb_encode_clipped(const void* x, int32_t dtype, int64_t n, const float* inv_scale, int32_t bottom,
-                                 int32_t top, int32_t bits, const float* low, const float* high, uint8_t* out,
-                                 float* range, uint8_t* inside, uint8_t* ties, int32_t* any_tie);
+// hb_encode_grid (inv_scale 1 / clip * top, in float64 and then rounded), hb_value_range and hb_clip_bits (high clip, low
+// its negative, or 0 for bottom = 0) from one read.
+// range: the range, and 1 if any element is at the clip, else 0. inside: null for no bits.
+HB_EXPORT void hb_encode_clipped(const void* x, int32_t dtype, int64_t n, const float* clip, int32_t bottom,
+                                 int32_t top, int32_t bits, uint8_t* out, float* range, uint8_t* inside, uint8_t* ties);
 
 // The gradients of a clipped tensor, in place (zero outside), and of its clip, to out: the sum over the elements at or
 // above it, minus, if the codes are signed, that over those at or below its negative.
@@ -121,15 +122,25 @@ struct hb_codes {
 
 // sums_BMN = a_BMK b_BKN, exact. Each operand is a batch of row-major matrices, whose rows run along K (a: M x K,
 // b: N x K; *_along = 1) or across it (a: K x M, b: K x N; *_along = 0).
-//   sums    (B, M, N): where `scale` is null and `wide` is null the sums; where `scale` is not, float32(sum) * scale, in
+//   panels  null, or what hb_matmul_panels left of b for the method that will be taken (hb_matmul_method tells), on the
+//           same instruction set. Only for B = 1 and without `wide`.
+//   sums    (B, M, N): where the scales and `wide` are null the sums; where the scales are not, float32(sum) * scale, in
 //           the same memory; where `wide` is not null it is used and left without meaning.
-//   wide    (B, M, N) or null: takes the sums where K products may pass 2^31. `scale` is then ignored.
-//   scale   one float32, or null.
+//   wide    (B, M, N) or null: takes the sums where K products may pass 2^31. The scales are then ignored.
+//   scale_a, scale_b, unit: scale = float32(scale_a * scale_b * unit), multiplied in float64. Both null for sums.
 //   method  0 chooses; 1 8-bit, 2 window, 3 16-bit numbers, where that can be.
 // Returns the method taken.
 HB_EXPORT int32_t hb_matmul(const struct hb_codes* a, int32_t a_along, const struct hb_codes* b, int32_t b_along,
-                            int64_t batch, int64_t m, int64_t n, int64_t k, int32_t* sums, int64_t* wide,
-                            const float* scale, int32_t method);
+                            const void* panels, int64_t batch, int64_t m, int64_t n, int64_t k, int32_t* sums,
+                            int64_t* wide, const float* scale_a, const float* scale_b, double unit, int32_t method);
+
+// The method that hb_matmul takes for these operands and N columns.
+HB_EXPORT int32_t hb_matmul_method(const struct hb_codes* a, const struct hb_codes* b, int64_t n, int32_t method);
+
+// Brings one matrix b_KN into the layout that hb_matmul multiplies, for products with many a. Methods 1 and 2 share one
+// layout. Returns the bytes that it takes; where `panels` is null that is all it does.
+HB_EXPORT int64_t hb_matmul_panels(const struct hb_codes* b, int32_t b_along, int64_t n, int64_t k, int32_t method,
+                                   void* panels);
 
 // A convolution in three spatial dimensions (depth, height, width), those that are missing of length 1. The input has
 // groups * fan_in channels, the output groups * fan_out; all tensors are row-major, (N, C, D, H, W).
@@ -143,12 +154,52 @@ struct hb_conv_shape {
 HB_EXPORT int32_t hb_convolve(const struct hb_codes* a, const struct hb_codes* b, const struct hb_conv_shape* shape,
                               int32_t gradient, int32_t* sums, int64_t* wide, const float* scale, int32_t method);
 
-// The sums of grad_weight (a: grad_output, b: input): `sums` and `wide` are (O, taps, I), work space where `scale` is
-// given; `result` then takes float32(sum) * scale as (O, I, taps). 2^31 must not be passed within 1,024 products, nor
-// within one row of the output.
+// The sums of grad_weight (a: grad_output, b: input): where `result` is given it takes float32(sum) * scale as
+// (O, I, taps); else `wide`, or where that is null `sums`, takes the sums as (O, taps, I). 2^31 must not be passed
+// within 1,024 products, nor within one row of the output.
 HB_EXPORT int32_t hb_convolve_weight(const struct hb_codes* a, const struct hb_codes* b,
                                      const struct hb_conv_shape* shape, int32_t* sums, int64_t* wide,
                                      const float* scale, float* result, int32_t method);
+
+// ---- what is kept for the backward pass (stash.inc.cpp) -------------------------------------------------------------
+
+// Codes of 4 or 8 bits, rounded at random, of blocks of 128 numbers: of each block its minimum and step, two bfloat16, go
+// to `steps`; a number is minimum + code * step. halfbyte.kernels.reference.stash_encode says how.
+// philox: as for hb_uniform. finite: 1 if all numbers, minima and steps were; where it is 0 the codes mean nothing.
+HB_EXPORT void hb_stash_encode(const void* x, int32_t dtype, int64_t n, int32_t bits, const uint32_t* philox,
+                               uint8_t* out, uint16_t* steps, int32_t* finite);
+
+// The numbers of hb_stash_encode's codes.
+HB_EXPORT void hb_stash_decode(const uint8_t* codes, const uint16_t* steps, int64_t n, int32_t bits, float* out);
+
+// The larger of x and 0, and one bit for each number that is not at or below 0. `out` may be x.
+HB_EXPORT void hb_relu(const float* x, int64_t n, float* out, uint8_t* bits);
+
+// grad where the bit is set, and 0.
+HB_EXPORT void hb_relu_backward(const float* grad, const uint8_t* bits, int64_t n, float* out);
+
+// ---- batch norm (norm.inc.cpp) --------------------------------------------------------------------------------------
+
+// Tensors are planes of `size` numbers one after another, that of image i and channel c at i * channels + c. Sums over a
+// plane are formed as halfbyte.kernels.reference.plane_moments says.
+
+// The sums of x and of x^2 over each plane: out[2 p], out[2 p + 1].
+HB_EXPORT void hb_plane_moments(const float* x, int64_t planes, int64_t size, double* out);
+
+// out = x * factor + shift, a number of each for a channel, and hb_stash_encode's codes of x, from one read. positive:
+// null, or where hb_relu's bits of the result go; it is then passed through hb_relu, too.
+HB_EXPORT void hb_norm_forward(const float* x, int64_t planes, int64_t channels, int64_t size, const float* factor,
+                               const float* shift, int32_t bits, const uint32_t* philox, float* out, uint8_t* codes,
+                               uint16_t* steps, uint8_t* positive, int32_t* finite);
+
+// The sums of grad and of grad * (decoded x) over each plane. positive: null, or what grad passes through first.
+HB_EXPORT void hb_norm_sums(const float* grad, const uint8_t* codes, const uint16_t* steps, int32_t bits,
+                            const uint8_t* positive, int64_t planes, int64_t size, double* out);
+
+// out = grad * of_grad + (x * of_x + shift), a number of each for a channel, x decoded and grad as above.
+HB_EXPORT void hb_norm_backward(const float* grad, const uint8_t* codes, const uint16_t* steps, int32_t bits,
+                                const uint8_t* positive, int64_t planes, int64_t channels, int64_t size,
+                                const float* of_grad, const float* of_x, const float* shift, float* out);
 
 #ifdef __cplusplus
 }

@@ -13,6 +13,10 @@
 
 #include "random.inc.cpp"
 
+#include "stash.inc.cpp"
+
+#include "norm.inc.cpp"
+
 #include "gemm.inc.cpp"
 
 #include "conv.inc.cpp"
@@ -29,6 +33,7 @@ const Table table = {
 #define HB_FUNCTION(result, name, parameters, arguments) &name,
 #include "quantize_table.inc"
 #include "gemm_table.inc"
+#include "stash_table.inc"
 #undef HB_FUNCTION
 };
 

@@ -9,8 +9,10 @@ from ..reference import has_nonfinite
 from .clip import clip_backward, clip_bits, encode_clipped
 from .common import HANDED_OVER
 from .encode import encode, encode_each, encode_each_with_range
-from .gemm import REFERENCE_CASES, accumulators, gemm
+from .gemm import REFERENCE_CASES, accumulators, computed_by, gemm, prepare
 from .library import Info, available, force_isa, info, isas, require, why_not
+from .norm import norm_backward, norm_forward, norm_sums, plane_moments
+from .stash import relu, relu_backward, stash_decode, stash_encode
 from .stochastic import encode_drawn, encode_stochastic, uniform
 from .sums import moments, stable_sum, value_range
 
@@ -22,6 +24,7 @@ __all__ = [
     "available",
     "clip_backward",
     "clip_bits",
+    "computed_by",
     "encode",
     "encode_clipped",
     "encode_drawn",
@@ -34,8 +37,17 @@ __all__ = [
     "info",
     "isas",
     "moments",
+    "norm_backward",
+    "norm_forward",
+    "norm_sums",
+    "plane_moments",
+    "prepare",
+    "relu",
+    "relu_backward",
     "require",
     "stable_sum",
+    "stash_decode",
+    "stash_encode",
     "uniform",
     "value_range",
     "why_not",

@@ -4,25 +4,37 @@ The build hook of the package (hatch_build.py) loads this file by its path, wher
 installed, so it needs nothing but the standard library.
 
 One command compiles each object (one for each instruction set, and the dispatcher), one links them. The compiler is
-the one that ``CXX`` names, else the system's, else the clang inside the PyPI package ``ziglang``.
+the one that ``CXX`` names, else the system's, else the clang inside the PyPI package ``ziglang``, which `fetch_ziglang`
+can download.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import PathFinder
 from pathlib import Path
 
-__all__ = ["SOURCES", "TARGET", "BuildError", "build", "find_compiler", "fingerprint", "is_current", "main"]
+__all__ = [
+    "SOURCES",
+    "TARGET",
+    "BuildError",
+    "build",
+    "fetch_ziglang",
+    "find_compiler",
+    "fingerprint",
+    "is_current",
+    "main",
+]
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 TARGET = Path(__file__).resolve().parent / ("libhalfbyte.dylib" if sys.platform == "darwin" else "libhalfbyte.so")
@@ -71,13 +83,47 @@ def find_compiler() -> list[str] | None:
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
-    if importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "c++"]
-    return None
+    # The second place is for builds that pip isolates: they do not see what is installed for the same interpreter.
+    found = PathFinder.find_spec("ziglang", [*sys.path, sysconfig.get_path("platlib")])
+    return None if found is None or found.origin is None else _ziglang(Path(found.origin).parent)
+
+
+def fetch_ziglang(folder: Path, *, timeout: float = 300) -> list[str]:
+    """Downloads the package ``ziglang`` (100 MB) by pip, or by uv where that is what installs.
+
+    Args:
+        folder: where it goes; nothing else of the machine changes.
+        timeout: seconds after which it gives up.
+
+    Returns:
+        The command of its C++ compiler.
+
+    Raises:
+        BuildError: if it cannot be had.
+    """
+    # An isolated build hides pip behind a path of its own.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = ["install", "--quiet", "--no-deps", "--only-binary", ":all:", "--target", str(folder), "ziglang"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--timeout", "10"]
+    commands = [pip, *([path, "pip"] for path in (shutil.which("uv"),) if path)]
+    for command in commands:
+        try:
+            done = subprocess.run(
+                [*command, *options], check=False, capture_output=True, text=True, env=environment, timeout=timeout
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0 and (folder / "ziglang").is_dir():
+            return _ziglang(folder / "ziglang")
+    raise BuildError(f"no C++ compiler was found, and ziglang could not be downloaded: {HOW_TO_GET}")
+
+
+def _ziglang(package: Path) -> list[str]:
+    return [str(package / "zig"), "c++"]
 
 
 def _is_ziglang(command: Sequence[str]) -> bool:
-    return any(Path(word).name == "ziglang" for word in command)
+    return Path(command[0]).name == "zig"
 
 
 def _target_flags(command: Sequence[str]) -> list[str]:

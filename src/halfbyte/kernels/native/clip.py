@@ -8,10 +8,8 @@ from torch import Tensor
 from ...formats import Format
 from ...qtensor import QTensor
 from .. import reference
-from .common import DTYPES, empty_bits, empty_codes, is_mine, number
-from .encode import encode
+from .common import DTYPES, bits_memory, codes_memory, empty_bits, empty_codes, is_broken, is_mine, number
 from .library import INT32, INT64, POINTER, address, function, operator
-from .sums import value_range
 
 __all__ = ["clip_backward", "clip_bits", "encode_clipped"]
 
@@ -19,7 +17,7 @@ _PIECE = 262144
 """Elements whose part of the clip's gradient is summed by itself, as in the reference."""
 
 _clip_bits = function("clip_bits", POINTER, INT32, INT64, POINTER, POINTER, POINTER, POINTER, POINTER)
-_encode_clipped = function("encode_clipped", POINTER, INT32, INT64, POINTER, INT32, INT32, INT32, *[POINTER] * 7)
+_encode_clipped = function("encode_clipped", POINTER, INT32, INT64, POINTER, INT32, INT32, INT32, *[POINTER] * 4)
 _clip_backward = function(
     "clip_backward", POINTER, INT32, INT64, POINTER, INT32, INT32, POINTER, POINTER, POINTER, POINTER
 )
@@ -31,7 +29,7 @@ _clip_backward = function(
 )
 def _clip_bits_op(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    inside, ties, any_tie = empty_bits(x), empty_bits(x), torch.empty((), dtype=torch.int32)
+    inside, ties, any_tie = bits_memory(x), bits_memory(x), torch.empty((), dtype=torch.int32)
     _clip_bits(
         address(x), DTYPES[x.dtype], x.numel(), address(low), address(high),
         address(inside), address(ties), address(any_tie),
@@ -40,26 +38,25 @@ def _clip_bits_op(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor,
 
 
 @operator(
-    "encode_clipped(Tensor x, Tensor inv_scale, int bottom, int top, int bits, Tensor low, Tensor high) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda x, _inv_scale, _bottom, _top, bits, *_: (
+    "encode_clipped(Tensor x, Tensor clip, int bottom, int top, int bits, bool mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda x, _clip, _bottom, _top, bits, mask: (
         empty_codes(x, bits),
-        x.new_empty(2, dtype=torch.float32),
-        empty_bits(x),
-        empty_bits(x),
-        x.new_empty((), dtype=torch.int32),
+        x.new_empty(3, dtype=torch.float32),
+        *(empty_bits(x if mask else x.new_empty(0)) for _ in range(2)),
     ),
 )
 def _encode_clipped_op(
-    x: Tensor, inv_scale: Tensor, bottom: int, top: int, bits: int, low: Tensor, high: Tensor
-) -> tuple[Tensor, ...]:
-    x, out, ends = x.contiguous(), empty_codes(x, bits), torch.empty(2)
-    inside, ties, any_tie = empty_bits(x), empty_bits(x), torch.empty((), dtype=torch.int32)
+    x: Tensor, clip: Tensor, bottom: int, top: int, bits: int, mask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes; the smallest and the largest number and whether one is at the clip; the bits, empty without a mask."""
+    x, out, found = x.contiguous(), codes_memory(x, bits), torch.empty(3)
+    inside, ties = (bits_memory(x) if mask else torch.empty(0, dtype=torch.uint8) for _ in range(2))
     _encode_clipped(
-        address(x), DTYPES[x.dtype], x.numel(), address(inv_scale), bottom, top, bits, address(low), address(high),
-        address(out), address(ends), address(inside), address(ties), address(any_tie),
+        address(x), DTYPES[x.dtype], x.numel(), address(clip), bottom, top, bits, address(out), address(found),
+        address(inside) if mask else None, address(ties),
     )  # fmt: skip
-    return out, ends, inside, ties, any_tie
+    return out, found, inside, ties
 
 
 @operator(
@@ -87,31 +84,19 @@ def clip_bits(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def encode_clipped(
-    x: Tensor, fmt: Format, *, inv_scale: Tensor, code_range: tuple[int, int], low: Tensor, high: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor | None]]:
-    """`encode`, `value_range` and `clip_bits` from one read: what an activation with a learned clip needs.
-
-    Codes of a tensor that held a NaN mean nothing; the range is NaN then.
-
-    Args:
-        x: numbers, of any floating type and shape.
-        fmt: an integer format.
-        inv_scale: reciprocal of the scale, float32 of shape ().
-        code_range: lowest and highest integer used.
-        low: the lower clip; float32 of shape ().
-        high: the upper clip; float32 of shape ().
-
-    Returns:
-        The codes, the range, and the bits.
-    """
+    x: Tensor, fmt: Format, *, clip: Tensor, code_range: tuple[int, int], mask: bool = True
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """See `reference.encode_clipped`; one read but for a tensor that is broken."""
     if not is_mine(x) or fmt.kind != "int":
-        codes = encode(x, fmt, inv_scale=inv_scale, code_range=code_range)
-        return codes, value_range(x), clip_bits(x, low, high)
-    codes, ends, inside, ties, any_tie = _encode_clipped_op(
-        x.detach(), number(inv_scale), *code_range, fmt.bits, number(low), number(high)
-    )
-    smallest, largest = ends.to(x.dtype).unbind()
-    return codes, (smallest, largest), (inside, ties if any_tie else None)
+        return reference.encode_clipped(x, fmt, clip=clip, code_range=code_range, mask=mask)
+    codes, found, inside, ties = _encode_clipped_op(x.detach(), number(clip), *code_range, fmt.bits, mask)
+    low, high, tie = found.tolist()
+    if is_broken(low, high):
+        clean = x.detach().nan_to_num(nan=0.0)
+        codes, other, inside, ties = _encode_clipped_op(clean, number(clip), *code_range, fmt.bits, mask)
+        tie = other[2].item()
+    smallest, largest, _ = found.to(x.dtype).unbind()
+    return codes, (smallest, largest), (inside, ties if tie else None) if mask else (None, None)
 
 
 def clip_backward(grad: Tensor, q: QTensor, inside: Tensor, ties: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from ...qtensor import packed_size
+from .library import int32s
 
-__all__ = ["DTYPES", "HANDED_OVER", "empty_bits", "empty_codes", "is_mine", "number"]
+__all__ = [
+    "DTYPES",
+    "HANDED_OVER",
+    "bits_memory",
+    "codes_memory",
+    "empty_bits",
+    "empty_codes",
+    "is_broken",
+    "is_mine",
+    "number",
+    "numbers_in_c",
+]
 
 HANDED_OVER: dict[str, str] = {
     "any function": "tensors on other devices than the CPU, or of other types than float32, bfloat16 and float16",
@@ -32,11 +49,36 @@ def number(x: Tensor) -> Tensor:
     return x.detach().float()
 
 
+def is_broken(low: float, high: float) -> bool:
+    """Whether a tensor of that range held a NaN or an infinity."""
+    return not (math.isfinite(low) and math.isfinite(high))
+
+
 def empty_codes(x: Tensor, bits: int) -> Tensor:
-    """Memory for the packed codes of x."""
+    """Packed codes of x as a fake kernel gives them."""
     return x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
 
 
 def empty_bits(x: Tensor) -> Tensor:
-    """Memory for one packed bit of each element of x."""
+    """One packed bit of each element of x as a fake kernel gives them."""
     return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def codes_memory(x: Tensor, bits: int) -> Tensor:
+    """Memory for the packed codes of x, which is on the CPU."""
+    return torch.empty(packed_size(x.numel(), bits), dtype=torch.uint8)
+
+
+def bits_memory(x: Tensor) -> Tensor:
+    """Memory for one packed bit of each element of x, which is on the CPU."""
+    return torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def numbers_in_c(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    """Whole numbers that describe a format as an array in C, which is made once and only read."""
+    return _numbers_in_c(tuple(values))
+
+
+@cache
+def _numbers_in_c(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int32]:
+    return int32s(values)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ...formats import Format, Phase, fp4_e2m1
 from .. import reference
-from .common import DTYPES, empty_codes, is_mine, number
-from .library import INT32, INT64, POINTER, address, constant, function, int32s, operator
+from .common import DTYPES, codes_memory, empty_codes, is_broken, is_mine, number, numbers_in_c
+from .library import INT32, INT64, POINTER, address, constant, function, operator
 from .sums import value_range
 
 __all__ = ["encode", "encode_each", "encode_each_with_range", "ends", "level_rule"]
@@ -29,7 +30,7 @@ _encode_levels = function("encode_levels", POINTER, INT32, INT64, POINTER, INT32
 def _encode_grid_op(
     x: Tensor, inv_scale: Tensor, low: Tensor | None, offset: int, bottom: int, top: int, bits: int
 ) -> Tensor:
-    x, out = x.contiguous(), empty_codes(x, bits)
+    x, out = x.contiguous(), codes_memory(x, bits)
     limits = offset, bottom, top, bits
     _encode_grid(address(x), DTYPES[x.dtype], x.numel(), address(low), address(inv_scale), *limits, address(out), None)
     return out
@@ -46,11 +47,11 @@ def _encode_grid_op(
 def _encode_levels_op(x: Tensor, inv_scale: Tensor, rules: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Codes in one or two formats, the second empty if there is one, and the range."""
     x, count = x.contiguous(), len(rules) // 5
-    first = empty_codes(x, 4)
-    second = empty_codes(x, 4) if count == 2 else x.new_empty(0, dtype=torch.uint8)
+    first = codes_memory(x, 4)
+    second = codes_memory(x, 4) if count == 2 else torch.empty(0, dtype=torch.uint8)
     found = torch.empty(2)
     _encode_levels(
-        address(x), DTYPES[x.dtype], x.numel(), address(inv_scale), count, int32s(rules),
+        address(x), DTYPES[x.dtype], x.numel(), address(inv_scale), count, numbers_in_c(rules),
         address(first), address(second), address(found),
     )  # fmt: skip
     return first, second, found
@@ -59,6 +60,11 @@ def _encode_levels_op(x: Tensor, inv_scale: Tensor, rules: Sequence[int]) -> tup
 @constant
 def level_rule(fmt: Format) -> tuple[int, ...] | None:
     """What `hb_encode_levels` needs to know of a format; None if it cannot encode it. See `reference.encode`."""
+    return _level_rule(fmt)
+
+
+@cache
+def _level_rule(fmt: Format) -> tuple[int, ...] | None:
     if fmt == fp4_e2m1:
         return 1, 0, 0, 0, 0
     if fmt.kind != "log" or fmt.radix not in (2, 4) or fmt.bits != 4:
@@ -115,22 +121,14 @@ def encode_each(x: Tensor, fmts: Sequence[Format], *, inv_scale: Tensor) -> tupl
 def encode_each_with_range(
     x: Tensor, fmts: Sequence[Format], *, inv_scale: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """`encode_each` and `value_range` from one read, for a scale that does not depend on this tensor.
-
-    Codes of a tensor that held a NaN mean nothing; the range is NaN then.
-
-    Args:
-        x: numbers, of any floating type and shape.
-        fmts: one format or more.
-        inv_scale: reciprocal of the scale, float32 of shape ().
-
-    Returns:
-        The codes in each format, the smallest and the largest element.
-    """
+    """See `reference.encode_each_with_range`; one read but for a tensor that is broken."""
     rules = _rules(x, fmts)
     if rules is None:
-        return encode_each(x, fmts, inv_scale=inv_scale), *value_range(x)
+        low, high = value_range(x)
+        return encode_each(reference.numbers(x, low, high), fmts, inv_scale=inv_scale), low, high
     codes, found = _encode_by(x, rules, inv_scale)
+    if is_broken(*found.tolist()):
+        codes, _ = _encode_by(x.nan_to_num(nan=0.0), rules, inv_scale)
     low, high = found.to(x.dtype).unbind()
     return codes, low, high
 
@@ -148,7 +146,7 @@ def _rules(x: Tensor, fmts: Sequence[Format]) -> list[int] | None:
     return rules
 
 
-def _encode_by(x: Tensor, rules: list[int], inv_scale: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+def _encode_by(x: Tensor, rules: Sequence[int], inv_scale: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """The codes by each rule, two at a time, and the range."""
     codes: list[Tensor] = []
     for start in range(0, len(rules), 10):

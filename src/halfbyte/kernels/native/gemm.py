@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -19,17 +20,23 @@ from ...qtensor import QTensor
 from .. import reference
 from ..geometry import Batched, Conv, ConvTranspose, Gemm, Geometry, Linear
 from ..reference.gemm import Accumulate, centered, output_scale
-from .library import library
+from .library import INT32, INT64, POINTER, address, function, library
 
-__all__ = ["REFERENCE_CASES", "accumulators", "gemm", "reference_case"]
+__all__ = ["REFERENCE_CASES", "Prepared", "accumulators", "computed_by", "gemm", "prepare", "reference_case"]
 
 _INT32_SUMS = 1 << 31
 _INT64_SUMS = 1 << 63
 _LARGEST = 4096
 """The largest magnitude that the kernels read: a 16-bit product of two fits 32 bits many times."""
 
+_MOST_PANELS = 64 << 20
+"""Bytes of panels that a `Prepared` operand may hold in one layout; a larger one is packed anew for each product."""
+
+_WORDS = 3
+"""The method that multiplies 16-bit numbers, whose panels have a layout of their own."""
+
 _SLAB = 1024
-"""Positions that wgrad of a convolution sums at a time (SLAB of conv.inc.cpp)."""
+"""Positions that wgrad of a convolution sums at a time (STRETCH of conv_weight.inc.cpp)."""
 
 
 class Codes(ctypes.Structure):
@@ -58,17 +65,39 @@ class ConvShape(ctypes.Structure):
     )
 
 
+_matmul = function("matmul", *(POINTER, INT32) * 2, POINTER, *[INT64] * 4, *[POINTER] * 4, ctypes.c_double, INT32)
+_matmul_method = function("matmul_method", POINTER, POINTER, INT64, INT32, result=INT32)
+_matmul_panels = function("matmul_panels", POINTER, INT32, INT64, INT64, INT32, POINTER, result=INT64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prepared(QTensor):
+    """A second operand that many products share. The panels that a kernel makes of it are kept from the first on.
+
+    They take 1 or 2 bytes a code and live as long as this object; the codes must not change meanwhile.
+    """
+
+    panels: dict[object, Tensor] = field(default_factory=dict, init=False)
+
+
+def prepare(b: QTensor) -> QTensor:
+    """The same operand, ready for many products: see `Prepared`."""
+    return Prepared(b.qdata, b.scale, b.format, b.shape, b.zero_point, b.block_scale, b.blocks)
+
+
 @cache
-def _described(fmt: Format) -> tuple[int, int, int, tuple[int, ...]]:
-    """(flip, low, high, table) of a format, as ``hb_codes`` wants them."""
+def _described(fmt: Format) -> bytes:
+    """The ``hb_codes`` of a format, without a tensor."""
     whole = [i or 0 for i in fmt.integers]
-    table = tuple((whole + [0] * 16)[:16]) if fmt.bits <= 4 else (0,) * 16
-    return (1 << (fmt.bits - 1) if fmt.signed else 0), min(whole), max(whole), table
+    table = (whole + [0] * 16)[:16] if fmt.bits <= 4 else [0] * 16
+    flip = 1 << (fmt.bits - 1) if fmt.signed else 0
+    return bytes(Codes(None, 0, fmt.bits, flip, min(whole), max(whole), (ctypes.c_int16 * 16)(*table)))
 
 
 def _codes(q: QTensor) -> Codes:
-    flip, low, high, table = _described(q.format)
-    return Codes(q.qdata.data_ptr(), q.numel, q.format.bits, flip, low, high, (ctypes.c_int16 * 16)(*table))
+    codes = Codes.from_buffer_copy(_described(q.format))
+    codes.codes, codes.numel = q.qdata.data_ptr(), q.numel
+    return codes
 
 
 def _readable(fmt: Format) -> bool:
@@ -108,20 +137,28 @@ def reference_case(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> s
     return next((words for words, applies in REFERENCE_CASES.items() if applies(which, a, b, geometry)), None)
 
 
+def computed_by(
+    which: Gemm, a: QTensor | Tensor, b: QTensor | Tensor, geometry: Geometry, accumulate: Accumulate
+) -> str:
+    """``"native"`` where a kernel computes the product, ``"reference"`` where it is handed over."""
+    if not (isinstance(a, QTensor) and isinstance(b, QTensor)) or accumulate != "exact":
+        return "reference"
+    return "native" if reference_case(*_mirrored(which, a, b, geometry)) is None else "reference"
+
+
 def gemm(
     which: Gemm, a: QTensor | Tensor, b: QTensor | Tensor, geometry: Geometry, *, accumulate: Accumulate = "exact"
 ) -> Tensor:
     """One GEMM of a layer: see `halfbyte.kernels.reference.gemm`, whose result it gives bit for bit."""
-    if not (isinstance(a, QTensor) and isinstance(b, QTensor)) or accumulate != "exact":
+    if computed_by(which, a, b, geometry, accumulate) == "reference":
         return reference.gemm(which, a, b, geometry, accumulate=accumulate)
+    assert isinstance(a, QTensor)
+    assert isinstance(b, QTensor)
     which, a, b, geometry = _mirrored(which, a, b, geometry)
-    if reference_case(which, a, b, geometry) is not None:
-        return reference.gemm(which, a, b, geometry)
-    scale = output_scale(a, b)
     if a.zero_point is None and b.zero_point is None:
-        return _product(which, a, b, geometry, scale)
-    sums = _product(which, a, b, geometry, None).double()
-    return centered(which, a, b, geometry, sums).float().mul_(scale)
+        return _product(which, a, b, geometry, scaled=True)
+    sums = _product(which, a, b, geometry).double()
+    return centered(which, a, b, geometry, sums).float().mul_(output_scale(a, b))
 
 
 def accumulators(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
@@ -129,7 +166,7 @@ def accumulators(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Ten
     which, a, b, geometry = _mirrored(which, a, b, geometry)
     if reference_case(which, a, b, geometry) is not None:
         return reference.accumulators(which, a, b, geometry)
-    return _product(which, a, b, geometry, None).double()
+    return _product(which, a, b, geometry).double()
 
 
 def _mirrored(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> tuple[Gemm, QTensor, QTensor, Geometry]:
@@ -140,13 +177,14 @@ def _mirrored(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> tuple[
     return (mirrored, *((a, b) if first == 0 else (b, a)), geometry.conv)
 
 
-def _product(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, scale: Tensor | None, method: int = 0) -> Tensor:
-    """Exact sums, int32 or int64; or with a scale float32(sum) * scale. `method`: see ``hb_matmul``."""
+def _product(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, scaled: bool = False, method: int = 0) -> Tensor:
+    """Exact sums, int32 or int64; or if `scaled` float32(sum) * `output_scale`. `method`: see ``hb_matmul``."""
     wide = _bound(which, a, b, geometry) >= _INT32_SUMS
     if isinstance(geometry, Conv):
+        scale = output_scale(a, b) if scaled else None
         return (_weight_gradient if which == "wgrad" else _convolve)(which, a, b, geometry, scale, wide, method)
     assert isinstance(geometry, Linear | Batched)
-    return _multiply(which, a, b, geometry, scale, wide, method)
+    return _multiply(which, a, b, geometry, scaled, wide, method)
 
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -161,7 +199,7 @@ def _scaled(sums: Tensor, wide: Tensor | None, scale: Tensor | None) -> Tensor:
 
 
 def _multiply(
-    which: Gemm, a: QTensor, b: QTensor, geometry: Linear | Batched, scale: Tensor | None, wide: bool, method: int
+    which: Gemm, a: QTensor, b: QTensor, geometry: Linear | Batched, scaled: bool, wide: bool, method: int
 ) -> Tensor:
     """A product of matrices. What lies row-major runs along the reduction where that is its last dimension."""
     if isinstance(geometry, Batched):
@@ -177,16 +215,40 @@ def _multiply(
     }[which]
     sums = torch.empty((*batch, m, n), dtype=torch.int32)
     wider = torch.empty((*batch, m, n), dtype=torch.int64) if wide else None
-    library().hb_matmul(
-        ctypes.byref(_codes(a)),
-        ctypes.c_int32(which != "wgrad"),
-        ctypes.byref(_codes(b)),
-        ctypes.c_int32(which == "fprop"),
-        *(ctypes.c_int64(v) for v in (*(batch or (1,)), m, n, k)),
-        *map(_pointer, (sums, wider, scale)),
-        ctypes.c_int32(method),
+    codes_a, codes_b = _codes(a), _codes(b)
+    panels: Tensor | None = None
+    if isinstance(b, Prepared) and not (batch or wide):
+        method = _matmul_method(ctypes.byref(codes_a), ctypes.byref(codes_b), n, method)
+        panels = _panels(b, codes_b, which == "fprop", n, k, method)
+    scales = (a.scale, b.scale) if scaled and not wide else (None, None)
+    _matmul(
+        ctypes.byref(codes_a),
+        which != "wgrad",
+        ctypes.byref(codes_b),
+        which == "fprop",
+        *(address(panels), *(batch or (1,)), m, n, k, address(sums), address(wider)),
+        *(*map(address, scales), _unit(a.format, b.format), method),
     )
-    return _scaled(sums, wider, scale)
+    if wider is not None:
+        return wider.float().mul_(output_scale(a, b)) if scaled else wider
+    return sums.view(torch.float32) if scaled else sums
+
+
+@cache
+def _unit(a: Format, b: Format) -> float:
+    return float(a.unit * b.unit)
+
+
+def _panels(b: Prepared, codes: Codes, along: bool, n: int, k: int, method: int) -> Tensor | None:
+    """The panels of an operand for that method, packed when they are first needed; None where they are too many."""
+    key = library().hb_isa(), along, n, k, method == _WORDS
+    if key not in b.panels:
+        size = _matmul_panels(ctypes.byref(codes), along, n, k, method, None)
+        if size > _MOST_PANELS:
+            return None
+        b.panels[key] = torch.empty(size, dtype=torch.uint8)
+        _matmul_panels(ctypes.byref(codes), along, n, k, method, address(b.panels[key]))
+    return b.panels[key]
 
 
 def _convolve(
@@ -213,20 +275,17 @@ def _weight_gradient(
     """wgrad of a convolution. The kernel's sums are (O, taps, I / G)."""
     assert which == "wgrad"
     out, fan_in, *kernel = geometry.weight_shape
-    shape = (out, math.prod(kernel), fan_in)
-    sums = torch.empty(shape, dtype=torch.int32)
-    wider = torch.empty(shape, dtype=torch.int64) if wide else None
+    shape = (out, math.prod(kernel), fan_in) if scale is None else (0,)
+    sums = torch.empty(shape, dtype=torch.int64 if wide else torch.int32)
     result = None if scale is None else torch.empty(geometry.weight_shape)
     library().hb_convolve_weight(
         ctypes.byref(_codes(a)),
         ctypes.byref(_codes(b)),
         ctypes.byref(_conv_shape(geometry)),
-        *map(_pointer, (sums, wider, scale, result)),
+        *map(_pointer, (None if wide else sums, sums if wide else None, scale, result)),
         ctypes.c_int32(method),
     )
-    if result is not None:
-        return result
-    return (sums if wider is None else wider).transpose(1, 2).reshape(geometry.weight_shape)
+    return sums.transpose(1, 2).reshape(geometry.weight_shape) if result is None else result
 
 
 def _three(lengths: tuple[int, ...], missing: int) -> tuple[int, int, int]:

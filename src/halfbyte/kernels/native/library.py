@@ -55,7 +55,8 @@ class Info:
         available: whether the library could be loaded.
         isa: the instruction set in use; None without a library.
         isas: those that this machine and this build have.
-        threads: how many threads of torch's pool it uses; 1 where torch's loop was not found.
+        threads: how many threads of torch's pool it uses; 1 where it cannot use them.
+        serial: why it cannot use torch's threads; None if it does, or without a library.
         build: compiler, target and fingerprint of the sources; None without a library.
         path: where the library is, or would be.
         problem: why there is none, and how to get one; None if there is one.
@@ -65,6 +66,7 @@ class Info:
     isa: str | None
     isas: tuple[str, ...]
     threads: int
+    serial: str | None
     build: str | None
     path: Path
     problem: str | None
@@ -89,7 +91,7 @@ def _load() -> ctypes.CDLL | str:
     for name in ("hb_has_isa", "hb_force_isa"):
         getattr(loaded, name).argtypes = [ctypes.c_char_p]
     loop = _torch_loop()
-    if loop is not None:
+    if loop is not None and not _forked:
         loaded.hb_set_parallel_for.argtypes = [POINTER]
         loaded.hb_set_parallel_for.restype = None
         loaded.hb_set_parallel_for(ctypes.cast(loop, POINTER))
@@ -97,6 +99,23 @@ def _load() -> ctypes.CDLL | str:
     if forced:
         _force(loaded, forced)
     return loaded
+
+
+_forked: list[int] = []
+"""The process, if it was forked from another one."""
+
+
+def _after_fork() -> None:
+    """Runs everything in the calling thread from now on.
+
+    A forked process has its parent's memory but not its threads: OpenMP would wait for them for ever, in torch too.
+    """
+    _forked.append(os.getpid())
+    if _load.cache_info().currsize and available():
+        library().hb_set_parallel_for(None)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @cache
@@ -167,10 +186,15 @@ def info() -> Info:
     """The state of the native backend, for people. Raises nothing where it is absent."""
     found, path = _load(), _path()
     if isinstance(found, str):
-        return Info(available=False, isa=None, isas=(), threads=0, build=None, path=path, problem=found)
-    threads = torch.get_num_threads() if _torch_loop() is not None else 1
+        return Info(False, isa=None, isas=(), threads=0, serial=None, build=None, path=path, problem=found)
+    serial = None
+    if _torch_loop() is None:
+        serial = f"torch {torch.__version__} offers no threads to others, torch 2.10 does"
+    elif _forked:
+        serial = "this process was forked, which leaves torch's threads behind; start it with 'spawn'"
+    threads = 1 if serial else torch.get_num_threads()
     isa, build = found.hb_isa().decode(), found.hb_build().decode()
-    return Info(available=True, isa=isa, isas=isas(), threads=threads, build=build, path=path, problem=None)
+    return Info(True, isa, isas(), threads, serial, build, path, problem=None)
 
 
 def function(name: str, *arguments: type[Any], result: type[Any] | None = None) -> Callable[..., Any]:

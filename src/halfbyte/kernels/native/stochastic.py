@@ -10,9 +10,9 @@ from torch import Tensor
 from ...formats import Format, Phase, fp4_e2m1
 from ...rng import Draw
 from .. import reference
-from .common import DTYPES, empty_codes, is_mine, number
+from .common import DTYPES, codes_memory, empty_codes, is_mine, number, numbers_in_c
 from .encode import ends, level_rule
-from .library import INT32, INT64, POINTER, address, constant, function, int32s, operator, uint32s
+from .library import INT32, INT64, POINTER, address, constant, function, operator, uint32s
 
 __all__ = ["encode_drawn", "encode_stochastic", "uniform"]
 
@@ -45,11 +45,11 @@ def _encode_random_op(
     step: Tensor | None,
     words: Sequence[int],
 ) -> Tensor:
-    x, out = x.contiguous(), empty_codes(x, bits)
+    x, out = x.contiguous(), codes_memory(x, bits)
     noise = None if noise is None else noise.contiguous()
     philox = None if step is None else _philox(step, words)
     _encode_random(
-        address(x), DTYPES[x.dtype], x.numel(), address(inv_scale), kind, int32s(rule), address(noise), philox,
+        address(x), DTYPES[x.dtype], x.numel(), address(inv_scale), kind, numbers_in_c(rule), address(noise), philox,
         address(out),
     )  # fmt: skip
     return out
@@ -98,19 +98,10 @@ def encode_drawn(
     part: int = 0,
     code_range: tuple[int, int] | None = None,
 ) -> Tensor:
-    """`encode_stochastic` with ``draw.uniform(x.numel(), part)`` for noise, which is never in memory as a whole.
-
-    Args:
-        x: numbers but no NaN, of any floating type and shape.
-        fmt: a format with a sign bit, or of signed integers.
-        inv_scale: reciprocal of the scale, float32 of shape ().
-        draw: where the random numbers come from.
-        part: which of the draw's sets of numbers.
-        code_range: lowest and highest integer used; the format's own if None. Integer formats only.
-    """
+    """See `reference.encode_drawn`; the noise is never in memory as a whole."""
     found = _random_rule(fmt, code_range)
     if not is_mine(x) or found is None:
-        noise = draw.uniform(x.numel(), part)
+        noise = uniform(x.numel(), draw, part)
         return reference.encode_stochastic(x, fmt, inv_scale=inv_scale, noise=noise, code_range=code_range)
     kind, rule = found
     words = _words(draw, part)
@@ -119,7 +110,7 @@ def encode_drawn(
 
 
 def uniform(numel: int, draw: Draw, part: int = 0) -> Tensor:
-    """The numbers of ``draw.uniform(numel, part)``, float32 of shape (numel,)."""
+    """See `reference.uniform`."""
     if draw.step.device.type != "cpu":
         return draw.uniform(numel, part)
     found: Tensor = _uniform_op(draw.step, numel, _words(draw, part))

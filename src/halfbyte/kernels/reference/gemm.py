@@ -32,6 +32,16 @@ _EXACT_FLOAT64 = 1 << 53
 _EXACT_INT64 = 1 << 63
 
 
+def prepare(b: QTensor) -> QTensor:
+    """The operand itself: what a backend may do to a second operand of many products, this one does not."""
+    return b
+
+
+def computed_by(*_: object) -> str:
+    """``"reference"``, whatever the product."""
+    return "reference"
+
+
 def gemm(
     which: Gemm, a: QTensor | Tensor, b: QTensor | Tensor, geometry: Geometry, *, accumulate: Accumulate = "exact"
 ) -> Tensor:
