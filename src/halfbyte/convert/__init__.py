@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 from .. import kernels
-from ..errors import ConversionError
+from .. import stash as stashing
+from ..errors import ConversionError, UnknownNameError
 from ..nn import TWINS, Unit, adopt, is_twin, release
 from ..ops import Plan
 from ..quantizers import GradScaleSpec, GradScaleState, Pact
@@ -50,8 +51,9 @@ def convert(
     recipe: str | Recipe,
     rules: Sequence[Rule] = (),
     *,
-    backend: str = "reference",
+    backend: str = "auto",
     seed: int | None = None,
+    stash: Literal["int4", "int8"] | None = None,
 ) -> Model:
     """Puts a model's layers under a recipe, in place: linear, convolution, recurrent layers and attention.
 
@@ -70,15 +72,20 @@ def convert(
         model: any module; nothing is changed if an error is raised.
         recipe: a `Recipe` or the name of one in `RECIPES`.
         rules: asked first, in order.
-        backend: ``"reference"`` is emulation in plain PyTorch; ``"native"`` computes on packed codes in compiled
-            integer code, to the same bits; ``"auto"`` is native where the compiled library is there, else reference.
-        seed: for recipes that draw random numbers, and only for them; equal seeds give equal runs. None is 0.
+        backend: who computes, always to the same bits. ``"native"`` computes on packed codes in compiled integer code,
+            and hands what it has no kernel for (other devices, block formats) to ``"reference"``, which is emulation in
+            plain PyTorch. ``"auto"`` is native where the compiled library is there, else reference.
+        seed: for recipes that draw random numbers, or a stash, and only for them; equal seeds give equal runs. None
+            is 0.
+        stash: what autograd saves in the whole model's forward pass, not only in converted layers, is kept as codes of
+            four or eight bits that are rounded at random, and as single bits where that is exact
+            (`halfbyte.stash`); None leaves it alone.
 
     Returns:
         The same model.
 
     Raises:
-        UnknownNameError: if a recipe or backend has no such name.
+        UnknownNameError: if a recipe, backend or stash has no such name.
         UnsupportedError: if the backend is ``"native"`` and its library is absent.
         ConversionError: if a rule matches no layer, a layer that a rule names cannot be converted, the model has no
             layer to convert, is converted or wrapped already, or the recipe would leave every layer alone without
@@ -87,12 +94,16 @@ def convert(
     chosen = get(recipe)
     backend = kernels.resolve(backend)
     kernels.get(backend)
+    if stash is not None and stash not in stashing.BITS:
+        raise UnknownNameError("stash", str(stash), stashing.BITS)
     check_model(model)
     sites = sites_of(model)
     check_rules(model, sites, rules)
     choices = _choose(sites, chosen, rules)
-    _check(choices, chosen, seed)
+    _check(choices, chosen, seed, has_stash=stash is not None)
     _apply(model, choices, backend, seed or 0)
+    if stash is not None:
+        stashing.attach(model, stash, backend=backend, seed=seed or 0, device=_device(model))
     return model
 
 
@@ -114,6 +125,8 @@ def restore(model: Model) -> Model:
         raise ConversionError("restore was asked for a model without a converted layer; convert(model, ...) makes one.")
     for _, module in converted:
         release(module)
+    for module in model.modules():
+        stashing.detach(module)
     if _DDP_IGNORES in vars(model):
         left = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         kept = [name for name in vars(model).pop(_DDP_IGNORES) if name in left]
@@ -160,7 +173,7 @@ def _choose(sites: Sequence[Site], chosen: Recipe, rules: Sequence[Rule]) -> lis
     return choices
 
 
-def _check(choices: Sequence[_Choice], chosen: Recipe, seed: int | None) -> None:
+def _check(choices: Sequence[_Choice], chosen: Recipe, seed: int | None, *, has_stash: bool) -> None:
     """Raises for choices that come to nothing, or that a layer cannot follow."""
     if not chosen.leaves_alone and all(choice.recipe.leaves_alone for choice in choices):
         raise ConversionError(
@@ -168,7 +181,7 @@ def _check(choices: Sequence[_Choice], chosen: Recipe, seed: int | None) -> None
             f"{', '.join(f'{c.site.shown} ({c.why})' for c in choices)}. "
             f"Name the layers to convert: rules=[Rule(fqn='...', recipe={chosen.name!r})]."
         )
-    if seed is not None and not any(choice.recipe.random for choice in choices):
+    if seed is not None and not has_stash and not any(choice.recipe.random for choice in choices):
         raise ConversionError(f"seed={seed} was given, but no layer's recipe rounds at random; leave it out.")
     for choice in choices:
         check_choice(choice.site, choice.recipe)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..stash import StashedForward
+
 __all__ = ["why_not_converted"]
 
 _LAYERS = {
@@ -49,6 +51,8 @@ def why_not_converted(module: nn.Module) -> str | None:
         module: any module; those of torch and of this library are not read.
     """
     forward = vars(module).get("forward", type(module).forward)
+    if isinstance(forward, StashedForward):
+        forward = forward.plain
     if _is_library(forward):
         return None
     calls: list[str] = []

@@ -10,6 +10,7 @@ from torch import nn
 from ..nn import TWINS, Unit, is_twin, plans_of, twin_of, units_of, whys_of
 from ..ops import Plan
 from ..quantizers import NonFiniteCounter
+from ..stash import describe
 from .functional import why_not_converted
 from .sites import owned, plan_fqn
 
@@ -47,9 +48,11 @@ class ConversionReport:
 
     Attributes:
         layers: a row for each GEMM operand that could be on codes, in the order of registration.
+        stash: how what autograd saves is kept; empty if that is torch's affair.
     """
 
     layers: tuple[LayerReport, ...]
+    stash: str = ""
 
     def __str__(self) -> str:
         slots = ("fprop", "dgrad", "wgrad")
@@ -63,7 +66,7 @@ class ConversionReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(lines)
+        return "\n".join([*lines, *filter(None, [self.stash])])
 
 
 def summary(model: nn.Module) -> ConversionReport:
@@ -80,7 +83,7 @@ def summary(model: nn.Module) -> ConversionReport:
             rows += _rows(fqn, module)
         elif why := _why_opaque(module, skipped) or why_not_converted(module):
             rows.append(LayerReport(fqn=fqn, kind=type(module).__name__, recipe="-", formats={}, why=why))
-    return ConversionReport(tuple(rows))
+    return ConversionReport(tuple(rows), describe(model))
 
 
 def opaque(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

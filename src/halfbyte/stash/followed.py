@@ -1,0 +1,53 @@
+"""Batch norms whose result goes to a ReLU and nowhere else: those that it follows in a `torch.nn.Sequential`.
+
+Norm, ReLU, its bits and the codes of the norm's input then take one read and one write of the tensor, not two of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import nn
+
+from .run import Run
+
+__all__ = ["fused_sequences"]
+
+
+@contextlib.contextmanager
+def fused_sequences(model: nn.Module, run: Run) -> Iterator[None]:
+    """While one of the model's sequences runs inside, the run knows which of its norms a ReLU follows.
+
+    A norm is known by its running mean. Elsewhere, for a norm that is called by itself, nothing changes; nor where
+    somebody's hook looks at the norm or the ReLU.
+    """
+    handles = []
+    for sequence in model.modules():
+        norms = _norms_before_relu(sequence) if type(sequence) is nn.Sequential else frozenset()
+        if norms and sequence is model:
+            run.followed.append(norms)  # Its forward pass is what runs inside; its hooks have been called already.
+        elif norms:
+            handles.append(sequence.register_forward_pre_hook(lambda *_, norms=norms: run.followed.append(norms)))
+            handles.append(sequence.register_forward_hook(lambda *_: run.leave(), always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _norms_before_relu(sequence: nn.Sequential) -> frozenset[int]:
+    """The ids of the running means."""
+    return frozenset(
+        id(norm.running_mean)
+        for norm, relu in pairwise(sequence)
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+        if type(relu) is nn.ReLU and not (_is_watched(norm) or _is_watched(relu))
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what goes in or comes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
