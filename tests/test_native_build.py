@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,8 +30,7 @@ def hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     commands.mkdir()
     monkeypatch.setenv("PATH", str(commands))
     monkeypatch.delenv("CXX", raising=False)
-    known = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ziglang" else known(name))
+    monkeypatch.setattr(build, "PathFinder", SimpleNamespace(find_spec=lambda name, path: None))
     return commands
 
 
@@ -80,8 +82,22 @@ def test_cxx_comes_before_all(hidden: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_ziglang_comes_last(hidden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiler on the PATH the one in the package ziglang is taken, where that is installed."""
     assert build.find_compiler() is None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert build.find_compiler() == [sys.executable, "-m", "ziglang", "c++"]
+    package = hidden / "ziglang"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(build, "PathFinder", PathFinder)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(hidden))
+    assert build.find_compiler() == [str(package / "zig"), "c++"]
+
+
+def test_ziglang_that_cannot_be_had_is_one_line(hidden: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without an index pip finds no ziglang: the error names the cure, and a slow index is given up in time."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    for timeout in (60.0, 0.001):
+        with pytest.raises(build.BuildError, match="could not be downloaded: install a C\\+\\+ compiler") as caught:
+            build.fetch_ziglang(tmp_path / "zig", timeout=timeout)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("hidden")
@@ -128,7 +144,7 @@ def test_ziglangs_clang_is_told_not_to_tune(hidden: Path, sources: Path, tmp_pat
         "rest = [a for a in sys.argv[2:] if not a.startswith(('-mcpu', '-target')) and '-linux-' not in a]\n"
         f"sys.exit(subprocess.run([{SYSTEM!r}, *rest], env={{'PATH': '/usr/bin:/bin'}}).returncode)\n"
     )
-    wrapper = command(hidden, "ziglang", f'exec {sys.executable} {script} "$@"')
+    wrapper = command(hidden, "zig", f'exec {sys.executable} {script} "$@"')
     label = build.build(target, compiler=[str(wrapper), "c++"], sources=sources)
     assert label_of(target) == label
     calls = log.read_text().splitlines()
@@ -189,18 +205,48 @@ def hook_for(module: ModuleType, target: str = "wheel") -> tuple[object, App]:
     return module.NativeHook(str(ROOT), {}, None, None, "", target, app), app
 
 
-def test_the_hook_without_a_compiler_leaves_the_wheel_pure(hidden: Path) -> None:
-    """Where nothing compiles the wheel stays as it is, one line says so, and ziglang is asked for beforehand."""
+def without_ziglang(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook's download of ziglang fails at once."""
+
+    def fail(folder: Path) -> list[str]:
+        raise build.BuildError(f"no C++ compiler was found, and ziglang could not be downloaded: {build.HOW_TO_GET}")
+
+    monkeypatch.setattr(build, "fetch_ziglang", fail)
+    monkeypatch.setattr(module, "load_builder", lambda root: build)
+
+
+@pytest.mark.usefixtures("hidden")
+def test_the_hook_without_a_compiler_leaves_the_wheel_pure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing compiles the wheel stays as it is and one line says so and what to do."""
     module = load_hook()
+    without_ziglang(module, monkeypatch)
     hook, app = hook_for(module)
-    assert hook.dependencies() in (["ziglang"], [])  # the latter where ziglang is not made for the system
     data: dict[str, object] = {"force_include": {}}
     hook.initialize("standard", data)
     hook.finalize("standard", data, "")
     assert data == {"force_include": {}}
     (line,) = app.said
     assert line.startswith("halfbyte: installed without the native backend: no C++ compiler was found")
-    command(hidden, "c++", "exit 0")
+    assert line.endswith(build.HOW_TO_GET)
+
+
+@pytest.mark.usefixtures("hidden")
+def test_the_hook_can_be_told_that_it_must_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HALFBYTE_NATIVE=1 makes a failure of what would else be a pure wheel; any other word is refused."""
+    module = load_hook()
+    without_ziglang(module, monkeypatch)
+    hook, _ = hook_for(module)
+    monkeypatch.setenv("HALFBYTE_NATIVE", "1")
+    with pytest.raises(RuntimeError, match="HALFBYTE_NATIVE=1 asks for the native backend, but no C\\+\\+ compiler"):
+        hook.initialize("standard", {"force_include": {}})
+    monkeypatch.setenv("HALFBYTE_NATIVE", "yes")
+    with pytest.raises(ValueError, match=r"HALFBYTE_NATIVE is 'yes'\. Possible .* 0: left out; 1: built, or"):
+        hook.initialize("standard", {"force_include": {}})
+
+
+def test_the_hook_asks_for_nothing_beforehand() -> None:
+    """No build requirement but hatchling's own: one that cannot be downloaded would fail the whole installation."""
+    hook, _ = hook_for(load_hook())
     assert hook.dependencies() == []
 
 
@@ -209,7 +255,10 @@ def test_the_hook_adds_the_library_and_the_tag(monkeypatch: pytest.MonkeyPatch) 
     module = load_hook()
     hook, app = hook_for(module)
     builder = SimpleNamespace(
-        TARGET=Path("libhalfbyte.so"), BuildError=RuntimeError, build=lambda target: target.write_text("x") and "by gcc"
+        TARGET=Path("libhalfbyte.so"),
+        BuildError=RuntimeError,
+        find_compiler=lambda: ["gcc"],
+        build=lambda target, compiler: target.write_text("x") and f"by {compiler[0]}",
     )
     monkeypatch.setattr(module, "load_builder", lambda root: builder)
     data: dict[str, object] = {"force_include": {}, "pure_python": True}
@@ -229,7 +278,12 @@ def test_the_hook_builds_in_place_for_an_editable_install(monkeypatch: pytest.Mo
     module = load_hook()
     hook, _ = hook_for(module)
     target = tmp_path / "libhalfbyte.so"
-    builder = SimpleNamespace(TARGET=target, BuildError=RuntimeError, build=lambda path: path.write_text("x") and "")
+    builder = SimpleNamespace(
+        TARGET=target,
+        BuildError=RuntimeError,
+        find_compiler=lambda: ["gcc"],
+        build=lambda path, compiler: path.write_text("x") and "",
+    )
     monkeypatch.setattr(module, "load_builder", lambda root: builder)
     data: dict[str, object] = {"force_include": {}}
     hook.initialize("editable", data)
@@ -239,12 +293,12 @@ def test_the_hook_builds_in_place_for_an_editable_install(monkeypatch: pytest.Mo
 
 
 def test_the_hook_can_be_told_not_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HALFBYTE_NATIVE=0 gives the pure wheel and says so; a source archive never builds."""
+    """HALFBYTE_NATIVE=0 gives the pure wheel and says so; a source archive says nothing."""
     module = load_hook()
     monkeypatch.setenv("HALFBYTE_NATIVE", "0")
     hook, app = hook_for(module)
     hook.initialize("standard", {})
-    assert hook.dependencies() == []
+    hook_for(module, "sdist")[0].initialize("standard", {})
     assert app.said == ["halfbyte: the native backend is left out, as HALFBYTE_NATIVE=0 asks"]
 
 
