@@ -16,7 +16,6 @@ import copy
 import json
 import logging
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from halfbyte import kernels
+from halfbyte.bench.timing import Rounds, interleave, ratio
 from halfbyte.kernels import reference
 
 logging.getLogger("halfbyte").setLevel(logging.ERROR)  # neither net has a 1x1 convolution, and that is known
@@ -95,31 +95,24 @@ def measure(build: Callable[[], tuple[nn.Module, Tensor]], rounds: int) -> list[
     y = torch.randint(0, 10, (x.shape[0],))
     runs: dict[tuple[str, str], Callable[[], None]] = {("fp32", "-"): step(copy.deepcopy(model), x, y)}
     for name in RECIPES:
-        runs[name, "default rules"] = step(hb.convert(copy.deepcopy(model), name), x, y)
+        runs[name, "default rules"] = step(hb.convert(copy.deepcopy(model), name, backend="reference"), x, y)
         if hb.RECIPES[name].rules:
             everywhere = [hb.Rule(type=(nn.Linear, nn.Conv2d), recipe=name)]
-            runs[name, "every layer"] = step(hb.convert(copy.deepcopy(model), name, everywhere), x, y)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for round_ in range(rounds + 2):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if round_ >= 2:
-                times[key].append(time.perf_counter() - start)
-    base = times["fp32", "-"]
+            runs[name, "every layer"] = step(
+                hb.convert(copy.deepcopy(model), name, everywhere, backend="reference"), x, y
+            )
+    times = interleave(runs, clock=time.perf_counter, rounds=Rounds(budget_s=0.0, least=rounds, most=rounds))
+    base = times.pop(("fp32", "-"))
     rows: list[dict[str, object]] = []
     for (name, rules), taken in times.items():
-        if name == "fp32":
-            continue
-        ratios = sorted(a / b for a, b in zip(taken, base, strict=True))
-        quarter = len(ratios) // 4
+        slower = ratio(base, taken)
         rows.append(
             {
                 "network": build.__name__,
                 "recipe": name,
                 "rules": rules,
-                "slower_than_fp32": round(statistics.median(taken) / statistics.median(base), 2),
-                "spread": [round(ratios[quarter], 2), round(ratios[-1 - quarter], 2)],
+                "slower_than_fp32": round(slower.value, 2),
+                "spread": [round(slower.low, 2), round(slower.high, 2)],
             }
         )
     return rows

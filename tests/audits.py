@@ -15,8 +15,8 @@ from halfbyte.recipes import Recipe
 
 
 def everywhere(model: nn.Module, recipe: str | Recipe) -> nn.Module:
-    """The model with every layer under the recipe, whatever the recipe's own rules."""
-    return hb.convert(model, recipe, [hb.Rule(recipe=recipe)])
+    """The model with every layer under the recipe, whatever the recipe's own rules, on the reference backend."""
+    return hb.convert(model, recipe, [hb.Rule(recipe=recipe)], backend="reference")
 
 
 def network() -> nn.Sequential:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import halfbyte as hb
 from audits import audited, data, everywhere, network, reasons, run_command
-from halfbyte import cli
+from halfbyte import cli, kernels
 from halfbyte.auditing import audit
 from halfbyte.lab.data import digits as digits_data
 from halfbyte.lab.models import digits
@@ -273,6 +273,14 @@ def test_a_batch_of_keywords_and_an_output_of_several_tensors() -> None:
     assert [entry.gemm for entry in report.layers] == ["fprop", "dgrad", "wgrad"]
 
 
+@pytest.mark.skipif(not kernels.native.available(), reason="no compiled library")
+@pytest.mark.parametrize(("recipe", "ran_in"), [("ibm2020", "native: "), ("nvfp4", "reference: ")])
+def test_what_is_handed_over_is_not_claimed(recipe: str, ran_in: str) -> None:
+    """Under the native backend a product without a kernel is reported as the reference's."""
+    model = hb.convert(network(), recipe, [hb.Rule(recipe=recipe)], backend="native")
+    assert audit(model, data()).layers[0].executed.startswith(ran_in)
+
+
 def test_the_loss_gets_output_and_batch() -> None:
     """A loss of one's own is given the output and the whole batch, and its gradient is the one that is quantized."""
     targets = torch.arange(32) % 8
@@ -315,7 +323,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     """The command prints the report, writes the JSON and leaves with status 0."""
     assert run_command(monkeypatch, tmp_path) == 0
     out = capsys.readouterr().out
-    assert "reference: uint4 x int4" in out
+    assert f"{kernels.resolve('auto')}: uint4 x int4" in out
     assert "82.9 % of 15,171,584 multiply-accumulates ran on 4-bit codes." in out
     content = json.loads((tmp_path / "new" / "a.json").read_text())
     assert content["ok"] is True

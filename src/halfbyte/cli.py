@@ -7,8 +7,6 @@ Nothing heavy is imported before a command needs it, so that ``--help`` answers 
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
 import signal
 import sys
@@ -21,7 +19,6 @@ from .errors import HalfbyteError
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
 except ModuleNotFoundError as error:
     sys.stderr.write(f"halfbyte: the command needs {error.name}. Install it with: pip install 'halfbyte[lab]'\n")
     raise SystemExit(2) from None
@@ -42,6 +39,7 @@ _SIZE = "How long: smoke (seconds, for tests), cpu (a minute at a desk) or full 
 _MODEL = "Which network of the task; for digits cnn or mlp."
 _FINE_TUNE = "Epochs in high precision after the ordinary ones; the weights stay in their format. 0 for none."
 _ACCELERATOR = "Where to compute: cpu, cuda, mps or auto."
+_STASH = "Keep what autograd saves as codes of this kind: int4 or int8."
 _DATA = "Folder with a folder for each data set; the digits need none."
 _BACKEND = "Who computes four bits, to the same bits: native (compiled), reference (emulation) or auto."
 _RUNS = Path("runs")
@@ -84,6 +82,7 @@ def compare(
     fine_tune: Annotated[int, typer.Option(min=0, help=_FINE_TUNE)] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones there are not repeated.")] = _RUNS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write runs and summary to this file.")] = None,
+    stash: Annotated[str, typer.Option(help=_STASH)] = "",
     data_dir: Annotated[Path | None, typer.Option(envvar="HALFBYTE_DATA", help=_DATA)] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
     backend: Annotated[str, typer.Option(help=_BACKEND)] = "auto",
@@ -111,6 +110,7 @@ def compare(
                 model=model,
                 fine_tune=fine_tune,
                 out_dir=out,
+                stash=stash,
                 data_dir=data_dir,
                 accelerator=accelerator,
                 backend=backend,
@@ -145,6 +145,7 @@ def train(
         Path | None, typer.Option(help="Folder of the run. Without it: runs/TASK-MODEL-SIZE-RECIPE-seedN.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run that is to go on.")] = None,
+    stash: Annotated[str, typer.Option(help=_STASH)] = "",
     data_dir: Annotated[Path | None, typer.Option(envvar="HALFBYTE_DATA", help=_DATA)] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
     backend: Annotated[str, typer.Option(help=_BACKEND)] = "auto",
@@ -173,6 +174,7 @@ def train(
                 fine_tune=fine_tune,
                 out_dir=out if resume else folder,
                 resume=resume,
+                stash=stash,
                 data_dir=data_dir,
                 accelerator=accelerator,
                 backend=backend,
@@ -257,50 +259,9 @@ def formats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
 ) -> None:
     """List the number formats, or show every code of one and the number that it stands for."""
-    from .formats import FORMATS, get
+    from .listing import list_formats
 
-    chosen = list(FORMATS.values()) if name is None else [get(name)]
-    if as_json:
-        described = [_format_json(fmt) for fmt in chosen]
-        typer.echo(json.dumps(described if name is None else described[0], indent=2, allow_nan=False))
-        return
-    from .lab.console import format_facts, format_table
-
-    console = Console()
-    if name is not None:
-        console.print(format_facts(chosen[0]), markup=False, highlight=False)
-        console.print(format_table(chosen[0]))
-        return
-    table = Table(
-        title="Formats", caption="smallest: above zero. One in full: halfbyte formats NAME", caption_justify="left"
-    )
-    table.add_column("name", no_wrap=True)
-    for title in ("bits", "radix", "smallest", "largest"):
-        table.add_column(title, justify="right")
-    table.add_column("what it is")
-    for fmt in chosen:
-        radix = "-" if fmt.kind == "int" else str(fmt.radix)
-        table.add_row(fmt.name, str(fmt.bits), radix, f"{fmt.min_positive:.4g}", f"{fmt.max:.4g}", fmt.description)
-    console.print(table)
-
-
-def _format_json(fmt: Any) -> dict[str, Any]:
-    """A format as plain values. JSON has no NaN and no infinity: they become the strings nan, inf and -inf."""
-    low, high = fmt.saturate
-    return {
-        "name": fmt.name,
-        "description": fmt.description,
-        "kind": fmt.kind,
-        "bits": fmt.bits,
-        "signed": fmt.signed,
-        "radix": fmt.radix,
-        "phase": fmt.phase.value if fmt.kind == "log" else None,
-        "exponent_bits": fmt.exponent_bits,
-        "mantissa_bits": fmt.mantissa_bits,
-        "saturate": [low, high],
-        "min_positive": fmt.min_positive,
-        "values": [value if math.isfinite(value) else str(value) for value in fmt.values],
-    }
+    list_formats(name, as_json=as_json)
 
 
 @app.command(epilog=_examples("halfbyte recipes", "halfbyte recipes ibm2020"))
@@ -308,18 +269,9 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="A recipe; without it, a list of all.")] = None,
 ) -> None:
     """List the recipes, or show one in full: its six operand slots, its rules and where it comes from."""
-    from .recipes import RECIPES, get
+    from .listing import list_recipes
 
-    console = Console()
-    if name is not None:
-        console.print(str(get(name)), markup=False, highlight=False, soft_wrap=True)
-        return
-    table = Table(title="Recipes", caption="One in full: halfbyte recipes NAME", caption_justify="left")
-    table.add_column("name", no_wrap=True)
-    table.add_column("what it is")
-    for recipe in RECIPES.values():
-        table.add_row(recipe.name, recipe.description)
-    console.print(table)
+    list_recipes(name)
 
 
 @app.command(
@@ -355,26 +307,51 @@ def quantize(
     typer.echo(f"Original, quantized, error: {out}")
 
 
+@app.command(epilog=_examples("halfbyte report runs -o results.md"))
+def report(
+    records: Annotated[list[Path], typer.Argument(help="Records, or folders that hold some.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The Markdown file to write; its figures go beside it.")],
+) -> None:
+    """Write a page of results: tables with gaps beside the paper's, curves, and how each number was made."""
+    from .lab.results import gather, write_page
+
+    if out.suffix != ".md":
+        raise HalfbyteError(f"-o {out} was given; the page is Markdown. Name a file *.md.")
+    for path in write_page(gather(records), out):
+        typer.echo(path)
+
+
 @app.command()
 def info() -> None:
     """Show what this installation computes with: versions, backends, instruction set, threads."""
-    import torch
+    from .listing import show_installation
 
-    from . import __version__
-    from .kernels import native, resolve
+    show_installation()
 
-    found = native.info()
-    typer.echo(f"halfbyte {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    typer.echo("backend reference: emulation in plain PyTorch, on any device")
-    if found.available:
-        choice = ", ".join(found.isas)
-        typer.echo(f"backend native: {found.isa} (possible here: {choice}), {found.threads} threads, {found.build}")
-        for name, what in native.HANDED_OVER.items():
-            typer.echo(f"  {name} goes to reference for {what}" if "always" not in what else f"  {name}: {what}")
-        typer.echo(f"  gemm goes to reference for {'; '.join(native.REFERENCE_CASES)}")
-    else:
-        typer.echo(f"backend native: absent. {found.problem}")
-    typer.echo(f"backend auto: {resolve('auto')}")
+
+@app.command(
+    epilog=_examples(
+        "halfbyte bench --quick",
+        "halfbyte bench --json bench.json",
+        "halfbyte bench --only step/resnet18 --threads 2",
+    )
+)
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and few rounds, in about two minutes.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    only: Annotated[str, typer.Option(help="Only rows with this in their name; * stands for anything.")] = "",
+    threads: Annotated[
+        str | None, typer.Option(help="How many threads, with commas between. Without it 1,2; if quick, 2.")
+    ] = None,
+) -> None:
+    """Measure the native backend against PyTorch's FP32 and BF16, side by side: speed, and what is kept in memory.
+
+    First the native backend is compared with the reference, bit for bit. If they differ, nothing is measured, and the
+    exit status is 1. The full run takes up to twenty minutes on two cores; let nothing else run meanwhile.
+    """
+    from .bench.command import command
+
+    raise typer.Exit(command(quick=quick, json_file=json_file, only=only, threads=threads))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -64,6 +64,7 @@ class _Gemm:
     calls: int = 0
     macs: int = 0
     macs_4bit: int = 0
+    backends: list[str] = field(default_factory=list)
     nonfinite: int = 0
     operands: tuple[_Operand, _Operand] = field(default_factory=lambda: (_Operand(), _Operand()))
     reasons: list[str] = field(default_factory=list)
@@ -143,10 +144,12 @@ class Ledger:
         entry.macs += macs
         if all(isinstance(operand, QTensor) and operand.format.bits <= 4 for operand in (*a, b)):
             entry.macs_4bit += macs
+        accumulate = plan.recipe.accumulate
+        entry.backends += [plan.kernels.computed_by(which, part, b, geometry, accumulate) for part in a]
         entry.operands[0].add(a)
         entry.operands[1].add((b,))
         entry.nonfinite += int((~result.isfinite()).sum())
-        if wrong := difference(which, a, b, geometry, result, plan.recipe.accumulate):
+        if wrong := difference(which, a, b, geometry, result, accumulate):
             entry.reasons.append(wrong)
         if which == "fprop":
             self._outputs[name].append(result.detach().clone())
@@ -221,11 +224,12 @@ class Ledger:
         reasons = [*entry.reasons, *self._troubles.get(f"{name}\n{gemm}", [])]
         for slot in SLOTS[gemm]:
             reasons += self._broken_promises(name, plan, slot, operands[slot])
+        backends, formats = dict.fromkeys(entry.backends), ("+".join(o.formats) for o in operands.values())
         return GemmReport(
             name=name,
             gemm=gemm,
             recipe=plan.recipe.name,
-            executed=f"{plan.backend}: {' x '.join('+'.join(o.formats) for o in operands.values())}",
+            executed=f"{' and '.join(backends)}: {' x '.join(formats)}",
             calls=entry.calls,
             macs=entry.macs,
             codes_used=max(o.codes_used for o in operands.values()),
