@@ -112,6 +112,20 @@ def test_augmentation_is_for_training():
     assert torch.equal(drawn(), x)
 
 
+def test_prepared_for_training_and_judging():
+    """What prepares a batch comes after augmentation, in training as in judging, and stays with the first examples."""
+    kept = torch.tensor([3, 5], dtype=torch.uint8)
+
+    def one_more(x, _generator):
+        assert x.dtype == torch.uint8
+        return x + 1
+
+    examples = Examples(inputs=kept, targets=kept, augment=one_more, prepare=lambda x: x / 10)
+    assert [batch.inputs[0].item() for batch in examples.batches(1)] == pytest.approx([0.3, 0.5])
+    assert sorted(b.inputs[0].item() for b in examples.batches(1, seed=0)) == pytest.approx([0.4, 0.6])
+    assert next(examples.first(1).batches(1, seed=0)).inputs[0].item() == pytest.approx(0.4)
+
+
 def test_pad_crop_flip_moves_and_mirrors():
     """Every image is the padded one cut at its own place, or that mirrored; all places and both ways come up."""
     image = torch.arange(1.0, 13).view(1, 3, 2, 2)

@@ -55,7 +55,7 @@ def test_top_level_names(done, tmp_path):
     record.write(done, tmp_path / "record.json")
     content = json.loads((tmp_path / "record.json").read_text())
     assert {"schema", "task", "recipe", "seed", "size", "model", "metric", "value"} <= content.keys()
-    assert content["schema"] == 2
+    assert content["schema"] == 3
     assert content["value"] == 98.5
 
 
@@ -82,10 +82,10 @@ def test_cut_file(done, tmp_path):
     ("change", "text"),
     [
         (lambda c: c.pop("schema"), "has no 'schema'"),
-        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1 and 2"),
+        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1 to 3"),
         (lambda c: c.pop("value"), r"missing \['value'\]"),
         (lambda c: c.pop("conventions"), r"missing \['conventions'\]"),
-        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune'\]"),
+        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune', 'stash'\]"),
         (lambda c: c.update(color="red"), r"foreign \['color'\]"),
         (lambda c: c.update(seed="1"), "'seed' must be int, but is '1'"),
         (lambda c: c.update(value=True), "'value' must be float, but is True"),
@@ -103,14 +103,17 @@ def test_foreign_file(done, tmp_path, change, text):
         record.read(path)
 
 
-def test_schema_1_is_read(done, tmp_path):
-    """A record from before fine-tuning says that it had none; the conventions that it does not hold stay empty."""
+@pytest.mark.parametrize(("schema", "later"), [(1, ["fine_tune", "conventions", "stash"]), (2, ["stash"])])
+def test_earlier_schemas_are_read(schema, later, done, tmp_path):
+    """A record from before fine-tuning or a stash says that it had none; what it does not hold is empty."""
     path = tmp_path / "record.json"
     record.write(done, path)
     content = json.loads(path.read_text())
-    del content["fine_tune"], content["conventions"]
-    path.write_text(json.dumps(content | {"schema": 1}))
-    assert record.read(path) == dataclasses.replace(done, fine_tune=0, conventions={})
+    for name in later:
+        del content[name]
+    path.write_text(json.dumps(content | {"schema": schema}))
+    empty = {"fine_tune": 0, "conventions": {}, "stash": ""}
+    assert record.read(path) == dataclasses.replace(done, **{name: empty[name] for name in later})
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*-seed*.json")), ids=lambda p: p.stem)

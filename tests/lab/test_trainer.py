@@ -98,6 +98,21 @@ def test_an_absent_backend_is_an_error(monkeypatch):
         train("digits", "ibm2020", 1, size="smoke", backend="native")
 
 
+def test_a_stash_acts_and_is_recorded(unbroken, tmp_path):
+    """With a stash less is kept, the record says so, and a run that is stopped and goes on ends in the same bits."""
+    how = {"size": "smoke", "stash": "int4"}
+    done = train("digits", "ibm2020", 1, out_dir=tmp_path / "whole", **how)
+    assert done.stash == "int4"
+    assert done.command[-2:] == ["--stash", "int4"]
+    assert done.saved_bytes < 0.3 * unbroken["ibm2020"][1].saved_bytes
+    with pytest.raises(Interrupted):
+        train("digits", "ibm2020", 1, out_dir=tmp_path / "cut", progress=stop_at(30, signal.SIGINT), **how)
+    train("digits", "ibm2020", 1, resume=tmp_path / "cut", **how)
+    assert_same_bits(end(tmp_path / "cut"), end(tmp_path / "whole"))
+    with pytest.raises(UnknownNameError, match="Possible: int4, int8"):
+        train("digits", "ibm2020", 1, stash="int5")
+
+
 def test_another_seed_another_run(unbroken):
     """The seed acts: another one ends with other curves."""
     assert train("digits", "fp32", 2, size="smoke").curves != unbroken["fp32"][1].curves

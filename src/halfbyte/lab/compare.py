@@ -112,6 +112,7 @@ def compare(
     size: str = "cpu",
     model: str | None = None,
     fine_tune: int = 0,
+    stash: str = "",
     data_dir: Path | None = None,
     out_dir: Path | None = None,
     accelerator: str = "cpu",
@@ -131,6 +132,7 @@ def compare(
         size: a preset of the task.
         model: a network of the task; None for its default.
         fine_tune: epochs in high precision after the ordinary ones, for every recipe, see `halfbyte.lab.phases`.
+        stash: how what autograd saves is kept, for every recipe, see `halfbyte.convert`; empty for as torch keeps it.
         data_dir: folder with a folder for each data set; None is enough for the digits.
         out_dir: each run gets a folder below it; None keeps nothing on the disk.
         accelerator: Lightning Fabric's name of the device.
@@ -150,7 +152,7 @@ def compare(
         if not given or len(set(given)) != len(given):
             raise HalfbyteError(f"A comparison needs at least one {what} and each only once; got {list(given)}.")
     runs = [
-        Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune)
+        Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune, stash=stash)
         for seed in seeds
         for recipe in recipes
     ]
@@ -183,6 +185,7 @@ def _finish(
             size=run.size,
             model=run.model,
             fine_tune=run.fine_tune,
+            stash=run.stash,
             data_dir=data_dir,
             out_dir=out_dir,
             resume=resume,

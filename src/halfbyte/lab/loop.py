@@ -56,14 +56,13 @@ class Loop:
         self.run, self.fabric, self.folder, self.backend = run, fabric, folder, backend
         self.task = tasks.get(run.task)
         self.settings = self.task.settings(run.size)
-        data = self.task.load(data_dir)
-        self.learned, self.judged = self.task.cut(data, self.settings)
+        self.data = self.task.load_for(data_dir, self.settings)
         # The seed was set just before: the weights depend on it alone, because conversion keeps them.
         recipe = recipes.get(run.recipe)
         self.plain: nn.Module = phases.prepare(
-            self.task.models[run.model](data, self.settings), recipe, run.seed, backend
+            self.task.models[run.model](self.data, self.settings), recipe, run.seed, backend, run.stash
         )
-        self.batches_per_epoch = self.learned.count_batches(self.settings.batch_size)
+        self.batches_per_epoch = self.data.train.count_batches(self.settings.batch_size)
         self.epochs = self.settings.epochs + run.fine_tune
         self._equip(phases.ordinary(self.settings, self.batches_per_epoch), self.settings.epochs)
         self.shown = self.task.progress_metric or self.task.metric
@@ -80,7 +79,9 @@ class Loop:
 
     def _fine_tune(self) -> None:
         """Goes over from ordinary training to fine-tuning."""
-        self.plain = phases.switch(self.plain, recipes.get(self.run.recipe), self.run.seed, self.backend)
+        self.plain = phases.switch(
+            self.plain, recipes.get(self.run.recipe), self.run.seed, self.backend, self.run.stash
+        )
         self._equip(phases.triangle, self.run.fine_tune)
 
     def steps(self) -> Iterator[Step]:
@@ -88,7 +89,7 @@ class Loop:
         at = self.position
         while at.epoch < self.epochs:
             size, seed = self.settings.batch_size, self.run.seed
-            for batch in self.learned.batches(size, seed=seed, epoch=at.epoch, start=at.batch):
+            for batch in self.data.train.batches(size, seed=seed, epoch=at.epoch, start=at.batch):
                 self._train_on(batch.to(self.fabric.device))
                 # The last batch of an epoch is reported after the epoch is closed, so that what is saved is its end.
                 step = self._step()
@@ -167,7 +168,7 @@ class Loop:
         count = 0
         carry: Carry = ()
         with torch.no_grad():
-            for batch in self.judged.batches(self.settings.test_batch_size):
+            for batch in self.data.test.batches(self.settings.test_batch_size):
                 loss, score, carry = self._learn(batch.to(self.fabric.device), carry)
                 loss_sum += float(loss) * batch.count
                 score_sum += score
@@ -184,7 +185,7 @@ class Loop:
         started = time.perf_counter()
         self.network.eval()
         with torch.no_grad():
-            value = judge(self.network, self.judged, self.settings)
+            value = judge(self.plain, self.data, self.settings)
         at.test_seconds += time.perf_counter() - started
         return value
 
@@ -273,6 +274,7 @@ class Loop:
             layers=[*at.layers, "fine-tuning:", *layers] if at.layers else layers,
             nonfinite=dict(Counter(at.nonfinite) + Counter(_nonfinite(self.plain))),
             fine_tune=run.fine_tune,
+            stash=run.stash,
             conventions=run.identity["conventions"],
             commit=record.commit(),
             sources_sha256=at.sources,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal, cast
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -139,7 +140,7 @@ def schedule(stepped: Optimizer, shape: Callable[[int, int], float], total: int)
     return LambdaLR(stepped, lambda done: shape(done, total))
 
 
-def prepare(model: nn.Module, recipe: Recipe, seed: int, backend: str = "reference") -> nn.Module:
+def prepare(model: nn.Module, recipe: Recipe, seed: int, backend: str = "reference", stash: str = "") -> nn.Module:
     """Converts a model in place.
 
     Args:
@@ -147,11 +148,15 @@ def prepare(model: nn.Module, recipe: Recipe, seed: int, backend: str = "referen
         recipe: its numerics.
         seed: of the run. Only a recipe that draws random numbers gets it; `halfbyte.convert` refuses one without a use.
         backend: who computes, see `halfbyte.convert`.
+        stash: how what autograd saves is kept, see there; empty for as torch keeps it.
     """
-    return convert(model, recipe, backend=backend, seed=seed if recipe.random else None)
+    drawn = recipe.random or stash
+    return convert(
+        model, recipe, backend=backend, seed=seed if drawn else None, stash=cast(Literal["int4", "int8"], stash) or None
+    )
 
 
-def switch(model: nn.Module, recipe: Recipe, seed: int, backend: str = "reference") -> nn.Module:
+def switch(model: nn.Module, recipe: Recipe, seed: int, backend: str = "reference", stash: str = "") -> nn.Module:
     """Takes a model from ordinary training to fine-tuning, in place.
 
     Parameters stay the same objects with the same bits. What the weights' quantizers have learned or measured stays,
@@ -162,13 +167,14 @@ def switch(model: nn.Module, recipe: Recipe, seed: int, backend: str = "referenc
         recipe: that of ordinary training.
         seed: of the run.
         backend: who computes, see `halfbyte.convert`.
+        stash: as in `prepare`.
     """
     next_recipe = fine_tuning(recipe)
     if next_recipe is recipe:
         return model
     before = _plans(model)
     restore(model)
-    prepare(model, next_recipe, seed, backend)
+    prepare(model, next_recipe, seed, backend, stash)
     for name, plan in _plans(model).items():
         plan.step.copy_(before[name].step)
         old, new = before[name].weight, plan.weight

@@ -28,8 +28,9 @@ from ..errors import HalfbyteError
 
 __all__ = ["SCHEMA", "Record", "RecordError", "commit", "machine", "read", "source_sha256", "versions", "write"]
 
-SCHEMA = 2
-_READABLE = (1, 2)  # Schema 1 has no `fine_tune` and no `conventions`: its runs had neither.
+SCHEMA = 3
+_LATER = {1: {"fine_tune", "conventions", "stash"}, 2: {"stash"}, 3: set[str]()}
+"""The schemas that are read: for each the fields that it does not have, because its runs had no such thing."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -61,6 +62,7 @@ class Record:
         layers: the table of the converted model, line by line; after it, where there was fine-tuning, that phase's.
         nonfinite: how many tensors with NaN or infinity each quantizer met; empty where there were none.
         fine_tune: epochs in high precision that followed the ordinary ones; the curves hold both.
+        stash: how what autograd saved was kept; empty for as torch keeps it.
         conventions: every field of each recipe that has a part in the run, by the recipe's name; empty in schema 1.
         commit: git revision and whether the package differed from it; both None outside a checkout.
         sources_sha256: fingerprints of the code that ran: one, or more where a run was resumed by other code.
@@ -87,6 +89,7 @@ class Record:
     layers: list[str]
     nonfinite: dict[str, int] = field(default_factory=dict)
     fine_tune: int = 0
+    stash: str = ""
     conventions: dict[str, str] = field(default_factory=dict)
     commit: dict[str, Any]
     sources_sha256: list[str]
@@ -148,11 +151,10 @@ def read(path: Path) -> Record:
     if not isinstance(content, dict) or "schema" not in content:
         raise RecordError(f"{path} is JSON, but no record: it has no 'schema'. {cure}")
     schema = content.pop("schema")
-    if schema not in _READABLE:
-        raise RecordError(f"{path} has schema {schema!r}; this version of halfbyte reads schema 1 and 2.")
+    if schema not in _LATER:
+        raise RecordError(f"{path} has schema {schema!r}; this version of halfbyte reads schema 1 to {SCHEMA}.")
     known = {part.name for part in dataclasses.fields(Record)}
-    if schema == 1:
-        known -= {"fine_tune", "conventions"}
+    known -= _LATER[schema]
     missing, foreign = sorted(known - content.keys()), sorted(content.keys() - known)
     if missing or foreign:
         raise RecordError(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import recipes
-from ..errors import HalfbyteError
+from ..errors import HalfbyteError, UnknownNameError
+from ..stash import BITS
 from . import phases, tasks
 
 __all__ = ["RECORD_NAME", "DivergedError", "Interrupted", "Progress", "Run", "Step"]
@@ -48,6 +49,7 @@ class Run:
         size: name of the preset.
         model: name of the network; empty for the task's default.
         fine_tune: epochs in high precision after the ordinary ones, see `halfbyte.lab.phases`.
+        stash: how what autograd saves is kept, see `halfbyte.convert`; empty for as torch keeps it.
     """
 
     task: str
@@ -56,12 +58,15 @@ class Run:
     size: str = "cpu"
     model: str = ""
     fine_tune: int = 0
+    stash: str = ""
 
     def __post_init__(self) -> None:
         task = tasks.get(self.task)
         task.settings(self.size)
         recipes.get(self.recipe)
         object.__setattr__(self, "model", task.model_named(self.model or None, self.size))
+        if self.stash and self.stash not in BITS:
+            raise UnknownNameError("stash", self.stash, BITS)
         if self.seed < 0:
             raise HalfbyteError(f"seed={self.seed} was asked for; a seed is 0 or more.")
         if self.fine_tune < 0:
@@ -73,7 +78,8 @@ class Run:
     def name(self) -> str:
         """A name for its folder: ``digits-cnn-cpu-luq-seed0``, or ``digits-cnn-cpu-luq-ft2-seed0`` with fine-tuning."""
         tuned = f"-ft{self.fine_tune}" if self.fine_tune else ""
-        return f"{self.task}-{self.model}-{self.size}-{self.recipe}{tuned}-seed{self.seed}"
+        kept = f"-stash-{self.stash}" if self.stash else ""
+        return f"{self.task}-{self.model}-{self.size}-{self.recipe}{tuned}{kept}-seed{self.seed}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -91,7 +97,8 @@ class Run:
         """The command line that makes this run, argument by argument."""
         words = ["halfbyte", "train", self.task, "--recipe", self.recipe, "--seed", str(self.seed)]
         tuned = ["--fine-tune", str(self.fine_tune)] if self.fine_tune else []
-        return [*words, "--size", self.size, "--model", self.model, *tuned, *extra]
+        kept = ["--stash", self.stash] if self.stash else []
+        return [*words, "--size", self.size, "--model", self.model, *tuned, *kept, *extra]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ def train(
     size: str = "cpu",
     model: str | None = None,
     fine_tune: int = 0,
+    stash: str = "",
     data_dir: Path | None = None,
     out_dir: Path | None = None,
     resume: Path | None = None,
@@ -54,6 +55,7 @@ def train(
         size: a preset of the task: ``smoke``, ``cpu`` or ``full``.
         model: a network of the task; None for its default.
         fine_tune: epochs in high precision after the ordinary ones, see `halfbyte.lab.phases`.
+        stash: how what autograd saves is kept, see `halfbyte.convert`; empty for as torch keeps it.
         data_dir: folder with a folder for each data set; None is enough for the digits.
         out_dir: folder for the checkpoint and ``record.json``; None keeps nothing on the disk.
         resume: folder of an interrupted run that goes on there. A finished one is returned as it is.
@@ -75,7 +77,7 @@ def train(
         DivergedError: if the loss stops being a finite number.
         Interrupted: on Ctrl-C or SIGTERM, after the checkpoint is written.
     """
-    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune)
+    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune, stash=stash)
     if out_dir is not None and resume is not None:
         raise HalfbyteError(
             f"Both out_dir={out_dir} and resume={resume} were given; a resumed run stays in its folder."

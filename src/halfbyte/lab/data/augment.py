@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pad_crop_flip"]
+__all__ = ["mask_bands", "pad_crop_flip"]
 
 
 def pad_crop_flip(images_NCHW: Tensor, generator: torch.Generator, *, padding: int = 4) -> Tensor:
@@ -26,3 +26,28 @@ def pad_crop_flip(images_NCHW: Tensor, generator: torch.Generator, *, padding: i
     padded = F.pad(images_NCHW, (padding,) * 4)
     found_NHWC = padded[torch.arange(count)[:, None, None], :, rows_NH[:, :, None], columns_NW[:, None, :]]
     return found_NHWC.permute(0, 3, 1, 2).contiguous()
+
+
+def mask_bands(frames_NTF: Tensor, generator: torch.Generator, *, time: int = 10, bands: int = 8) -> Tensor:
+    """Zeros in two stretches of time and two of frequency in each utterance, of random place and width.
+
+    Zero is the mean of every band. (Park et al., SpecAugment, arXiv 1904.08779, without its warping of time.)
+
+    Args:
+        frames_NTF: a batch.
+        generator: decides, on the CPU.
+        time: frames of the longest stretch of time, less one; never more than a fifth of an utterance.
+        bands: bands of the widest stretch of frequency, less one.
+    """
+    count, frames, width = frames_NTF.shape
+    keep = torch.ones(count, frames, width, dtype=torch.bool)
+    for length, longest, shape in (
+        (frames, min(time, frames // 5 + 1), (count, -1, 1)),
+        (width, bands, (count, 1, -1)),
+    ):
+        for _ in range(2):
+            size = torch.randint(longest, (count, 1), generator=generator)
+            start = (torch.rand(count, 1, generator=generator) * (length - size + 1)).long()
+            place = torch.arange(length)
+            keep &= ~((place >= start) & (place < start + size)).view(shape)
+    return frames_NTF * keep

@@ -10,7 +10,7 @@ Dimensions: N examples of a batch, T symbols or frames of a sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from ...errors import HalfbyteError
 
-__all__ = ["Augment", "Batch", "Data", "Examples", "Sequences", "Source", "Stream"]
+__all__ = ["Augment", "Batch", "Data", "Examples", "Prepare", "Sequences", "Source", "Stream"]
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """From a batch of inputs, and a generator on their device, to another batch of the same shape."""
+
+Prepare = Callable[[Tensor], Tensor]
+"""From a batch as it is kept to a batch as the network takes it."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,21 @@ def _generator(seed: int, epoch: int, batch: int = 0) -> torch.Generator:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
+class Examples(Source):
     """Examples of one shape, shuffled in every epoch.
 
     Attributes:
         inputs: shape (N, ...).
         targets: shape (N, ...).
         augment: changes a batch of inputs in training; None leaves them.
+        prepare: makes of a batch of inputs, augmented or not, what the network is called with, for judging too: bytes
+            take a quarter of the memory of the floats that they become. None leaves them.
     """
 
     inputs: Tensor
     targets: Tensor
     augment: Augment | None = None
+    prepare: Prepare | None = None
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets) or len(self.inputs) == 0:
@@ -110,14 +116,16 @@ class Examples:
             inputs = self.inputs[rows]
             if self.augment is not None and seed is not None:
                 inputs = self.augment(inputs, _generator(seed, epoch, number))
+            if self.prepare is not None:
+                inputs = self.prepare(inputs)
             yield Batch((inputs,), (self.targets[rows],), len(rows))
 
     def first(self, count: int) -> Examples:
-        return Examples(inputs=self.inputs[:count], targets=self.targets[:count], augment=self.augment)
+        return replace(self, inputs=self.inputs[:count], targets=self.targets[:count])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class Stream(Source):
     """A long text, read by N readers side by side, each its own N-th part, ``context`` symbols at a time.
 
     Each batch goes on where the one before stopped, so that a recurrent network can carry its state over; the last
@@ -171,7 +179,7 @@ class Stream:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequences:
+class Sequences(Source):
     """Examples of many lengths, each a tuple of tensors whose first dimension is its length.
 
     In training examples of like length share a batch, so that little is padded: a shuffled order is cut into stretches
@@ -181,11 +189,13 @@ class Sequences:
     Attributes:
         examples: for each example its input and its target, of shape (T, ...) and (S, ...).
         pads: what fills up each of the two.
+        by_target: whether a batch counts the length of its targets in the place of its examples.
         augment: changes a padded batch of inputs in training; None leaves it.
     """
 
     examples: Sequence[tuple[Tensor, Tensor]]
     pads: tuple[float, float]
+    by_target: bool = False
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
@@ -203,7 +213,7 @@ class Sequences:
             inputs, lengths = sides[0]
             if self.augment is not None and seed is not None:
                 inputs = self.augment(inputs, _generator(seed, epoch, number))
-            yield Batch((inputs, lengths), sides[1], len(rows))
+            yield Batch((inputs, lengths), sides[1], int(sides[1][1].sum()) if self.by_target else len(rows))
 
     def _groups(self, batch_size: int, seed: int | None, epoch: int) -> list[list[int]]:
         """Which examples make which batch."""
@@ -227,4 +237,4 @@ class Sequences:
         return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=pad), lengths
 
     def first(self, count: int) -> Sequences:
-        return Sequences(examples=self.examples[:count], pads=self.pads, augment=self.augment)
+        return replace(self, examples=self.examples[:count])

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ...errors import UnknownNameError
-from . import vision
-from .contract import Carry, Outcome, Settings, Task
+from . import language, speech, translation, vision
+from .contract import SIZES, Carry, Outcome, Settings, Task
 
-__all__ = ["TASKS", "Carry", "Outcome", "Settings", "Task", "get"]
+__all__ = ["SIZES", "TASKS", "Carry", "Outcome", "Settings", "Task", "get"]
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (*vision.TASKS,)})
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {task.name: task for task in (*vision.TASKS, *language.TASKS, *translation.TASKS, *speech.TASKS)}
+)
 
 
 def get(name: str) -> Task:

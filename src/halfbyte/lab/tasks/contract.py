@@ -8,14 +8,14 @@ fit one trainer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from ...errors import HalfbyteError, UnknownNameError
-from ..data.source import Batch, Data, Source
+from ..data.source import Batch, Data
 
 __all__ = ["SIZES", "Carry", "Outcome", "Settings", "Task"]
 
@@ -54,6 +54,7 @@ class Settings:
         clip_norm: the largest norm of all gradients together; None for any.
         smoothing: share of a target's weight that is spread over all classes (label smoothing), in training only.
         dropout: handed to the network, where it has any.
+        beam: how many beginnings are kept where a sequence is searched for; 1 is greedy.
         test_batch_size: examples in a batch of judging.
         examples: how many to learn from (symbols, for a text); None for all.
         test_examples: the same for judging.
@@ -75,12 +76,13 @@ class Settings:
     clip_norm: float | None = None
     smoothing: float = 0.0
     dropout: float = 0.0
+    beam: int = 1
     test_batch_size: int = 512
     examples: int | None = None
     test_examples: int | None = None
 
     def __post_init__(self) -> None:
-        counts = (self.epochs, self.batch_size, self.test_batch_size, self.examples, self.test_examples)
+        counts = (self.epochs, self.batch_size, self.test_batch_size, self.beam, self.examples, self.test_examples)
         if any(count is not None and count < 1 for count in counts) or self.learning_rate <= 0:
             raise HalfbyteError(f"{self} cannot learn: epochs, batch_size and learning_rate must be above zero.")
         for what, given, possible in (
@@ -136,8 +138,8 @@ class Task:
         learn: (network, batch, carry, settings) to the outcome. Used for judging too; then the network is in evaluation
             mode and there is no gradient.
         summarize: (sum of scores, sum of counts) to the metric; or, for a task with `judge`, to `progress_metric`.
-        judge: (network, data to judge by, settings) to the metric, where that takes more than a sum: after the last
-            epoch. None where `summarize` gives it.
+        judge: (network, data cut to the settings, settings) to the metric, after the last epoch, where that takes more
+            than a sum. None where `summarize` gives it.
         progress_metric: what `summarize` gives; empty for the metric itself.
     """
 
@@ -152,7 +154,7 @@ class Task:
     sizes: Mapping[str, Settings]
     learn: Callable[[nn.Module, Batch, Carry, Settings], Outcome]
     summarize: Callable[[float, int], float]
-    judge: Callable[[nn.Module, Source, Settings], float] | None = None
+    judge: Callable[[nn.Module, Data, Settings], float] | None = None
     progress_metric: str = ""
 
     def model_named(self, name: str | None, size: str = "cpu") -> str:
@@ -175,9 +177,9 @@ class Task:
             raise UnknownNameError(f"size of task {self.name!r}", size, self.sizes)
         return self.sizes[size]
 
-    def cut(self, data: Data, settings: Settings) -> tuple[Source, Source]:
-        """What a run of those settings learns from and what it is judged by."""
-        train, test = data.train, data.test
+    def load_for(self, folder: Path | None, settings: Settings) -> Data:
+        """The data, cut to what a run of those settings learns from and is judged by."""
+        data = self.load(folder)
         if settings.examples is not None:
-            train = train.first(settings.examples)
-        return train, test if settings.test_examples is None else test.first(settings.test_examples)
+            data = replace(data, train=data.train.first(settings.examples))
+        return data if settings.test_examples is None else replace(data, test=data.test.first(settings.test_examples))

@@ -1,0 +1,261 @@
+"""The results page: our records beside the paper's table, gap beside gap, as Markdown with its figures.
+
+Nothing is typed in by hand: every number of ours comes from a record, and a record brings its command, commit, seeds,
+size and machine along.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from .. import recipes
+from ..errors import HalfbyteError
+from . import tasks
+from .compare import Comparison, Summary, summarize
+from .record import Record, RecordError, read
+
+__all__ = ["PAPER", "Published", "gather", "write_page"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A row of the paper's tables: what it trained, and what came of it by our recipes' names.
+
+    Attributes:
+        what: network and data.
+        values: the metric by recipe.
+    """
+
+    what: str
+    values: Mapping[str, float]
+
+    def gap(self, recipe: str) -> float | None:
+        """The recipe's value minus that of fp32; None where the paper has none."""
+        return self.values[recipe] - self.values["fp32"] if recipe in self.values and recipe != "fp32" else None
+
+
+def _published(what: str, fp32: float, forward: float | None, ibm: float, dw_fp8: float) -> Published:
+    values = {"fp32": fp32, "ibm2020": ibm, "ibm2020_dw_fp8": dw_fp8}
+    return Published(what=what, values=values if forward is None else values | {"int4_forward_only": forward})
+
+
+PAPER: Mapping[str, Published] = MappingProxyType(
+    {
+        "cifar10": _published("ResNet-18, CIFAR-10", 93.01, 92.97, 92.74, 92.76),
+        "ptb": _published("2-layer LSTM, Penn Treebank", 83.3, None, 85.3, 83.8),
+        "multi30k": _published("Transformer-base, WMT En-De", 27.5, None, 25.4, 25.9),
+        "an4": _published("4-layer bidirectional LSTM, SWB300", 9.9, None, 11.3, 10.4),
+    }
+)
+"""Sun et al., NeurIPS 2020, tables 1 and 3: the row that comes nearest to each task of ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """The records of one task, network and size."""
+
+    task: str
+    model: str
+    size: str
+    records: Sequence[Record]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.model}-{self.size}"
+
+    @property
+    def comparison(self) -> Comparison:
+        present = {r.recipe for r in self.records}
+        return summarize(self.task, [name for name in recipes.RECIPES if name in present], self.records)
+
+
+def gather(paths: Sequence[Path]) -> list[Record]:
+    """The records in files and in folders; in a folder, those of all its folders too.
+
+    Args:
+        paths: what to read; JSON files in a folder that are no records are passed over.
+
+    Raises:
+        RecordError: if a file that is named is no record.
+        HalfbyteError: if there is no record at all.
+    """
+    found: list[Record] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(read(path))
+            continue
+        for file in sorted(path.rglob("*.json")):
+            try:
+                found.append(read(file))
+            except RecordError:
+                continue
+    if not found:
+        raise HalfbyteError(
+            f"No record was found in {', '.join(map(str, paths))}. halfbyte train and compare write them (record.json)."
+        )
+    return found
+
+
+def write_page(records: Sequence[Record], path: Path) -> list[Path]:
+    """Writes the page, and a figure for each group of records beside it.
+
+    Args:
+        records: of any tasks, networks and sizes; those of tasks that this version does not know are left out.
+        path: the Markdown file; figures go to the folder ``results`` beside it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        HalfbyteError: if none of the records is of a task of this version, or matplotlib is not installed.
+    """
+    groups = _groups(records)
+    if not groups:
+        raise HalfbyteError(f"None of the {len(records)} records is of a task that this version has.")
+    figures = path.parent / "results"
+    figures.mkdir(parents=True, exist_ok=True)
+    written = [path]
+    parts = [_HEAD]
+    for group in groups:
+        figure = figures / f"{group.name}.svg"
+        _draw(group, figure)
+        written.append(figure)
+        parts.append(_section(group, f"results/{figure.name}"))
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return written
+
+
+_HEAD = """# Results
+
+Every number here is from a record in `experiments/records/`; this page is made of them by
+`halfbyte report experiments/records -o docs/results.md`. A gap is a recipe's mean minus that of `fp32`, trained from
+the same initial weights on the same batches. The paper is Sun et al., NeurIPS 2020, tables 1 and 3; where our network
+or data is not its own, compare gaps and not values. No epoch is chosen by its result: the last one counts.
+"""
+
+
+def _groups(records: Sequence[Record]) -> list[_Group]:
+    """Records by what can be compared, in the order of the tasks."""
+    known = [r for r in records if r.task in tasks.TASKS]
+    keys = dict.fromkeys((r.task, r.model, r.size) for r in known)
+    order = list(tasks.TASKS)
+    return [
+        _Group(task=t, model=m, size=s, records=[r for r in known if (r.task, r.model, r.size) == (t, m, s)])
+        for t, m, s in sorted(keys, key=lambda key: (order.index(key[0]), key[1:]))
+    ]
+
+
+def _section(group: _Group, figure: str) -> str:
+    """One group: its table, its curves, and how it was made."""
+    task, result = tasks.get(group.task), group.comparison
+    paper = PAPER.get(group.task)
+    unit = f" ({task.unit})" if task.unit else ""
+    better = "higher" if task.higher_is_better else "lower"
+    head = ["recipe", "seeds", f"{task.metric}{unit}", "gap", "95 % interval", "paper's gap", "time", "kept"]
+    lines = [
+        f"## {group.task}: {group.model}, size {group.size}\n",
+        f"{task.description} {better.capitalize()} is better."
+        + (f" The paper's row: {paper.what}, {paper.values['fp32']:g} in FP32." if paper else "")
+        + "\n",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(_row(name, entry, result, paper) for name, entry in result.summary.items()),
+        "",
+        f"![Curves of {group.name}]({figure})\n",
+        _worse(result, paper, higher=task.higher_is_better),
+        _made(group),
+        "",
+    ]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _row(name: str, entry: Summary, result: Comparison, paper: Published | None) -> str:
+    """One recipe's row."""
+    seeds = sum(r.recipe == name for r in result.records)
+    if entry.mean is None:
+        return f"| `{name}` | 0 | diverged | | | | | |"
+    gap = "" if entry.gap is None or name == result.baseline else f"{entry.gap:+.2f}"
+    interval = f"{entry.paired.low:+.2f} to {entry.paired.high:+.2f}" if entry.paired else ""
+    published = None if paper is None else paper.gap(name)
+    cells = [
+        f"`{name}`",
+        str(seeds),
+        f"{entry.mean:.2f}" + (f" ± {entry.std:.2f}" if seeds > 1 else ""),
+        gap,
+        interval,
+        "" if published is None else f"{published:+.2f}",
+        "" if entry.time_ratio is None else f"{entry.time_ratio:.2f}×",
+        "" if entry.saved_bytes_ratio is None else f"{entry.saved_bytes_ratio:.2f}×",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _worse(result: Comparison, paper: Published | None, *, higher: bool) -> str | None:
+    """Which recipes lose more here than in the paper."""
+    if paper is None or result.baseline != "fp32":
+        return None
+    sign = -1 if higher else 1
+    behind = [
+        f"`{name}` ({entry.gap:+.2f} here, {published:+.2f} there)"
+        for name, entry in result.summary.items()
+        if (published := paper.gap(name)) is not None and entry.gap is not None
+        if sign * entry.gap > sign * published
+    ]
+    return f"Worse than the paper's gap: {', '.join(behind)}.\n" if behind else None
+
+
+def _made(group: _Group) -> str:
+    """Commands, commits and machines, each once."""
+    first = group.records[0]
+    recipes_run = ",".join(dict.fromkeys(r.recipe for r in group.records))
+    seeds = 1 + max(r.seed for r in group.records)
+    words = ["halfbyte", "compare", first.task, "--recipes", recipes_run, "--seeds", str(seeds)]
+    command = shlex.join([*words, "--size", first.size, "--model", first.model])
+    commits = sorted(
+        {f"{str(r.commit['revision'])[:7]}{' with changes' if r.commit['dirty'] else ''}" for r in group.records}
+    )
+    machines = sorted({_machine(r) for r in group.records})
+    return (
+        f"`{command}` at {', '.join(commits)}; seeds {', '.join(map(str, sorted({r.seed for r in group.records})))}; "
+        f"{'; '.join(machines)}. Time and what is kept for the backward pass are multiples of the baseline's."
+    )
+
+
+def _machine(record: Record) -> str:
+    where = record.machine
+    threads = where.get("threads", 1)
+    counted = "one thread" if threads == 1 else f"{threads} threads"
+    return (
+        f"{where.get('cpu')}, {counted}, torch {record.versions['torch']}, backend {where.get('backend', 'reference')}"
+    )
+
+
+def _draw(group: _Group, path: Path) -> None:
+    """The test loss by epoch: a line for each recipe, a band over its seeds."""
+    try:
+        from matplotlib import rcParams
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise HalfbyteError(
+            "The figures are drawn by matplotlib, which is not installed. Install it with: pip install 'halfbyte[lab]'"
+        ) from error
+    rcParams["svg.hashsalt"] = "halfbyte"  # The same records give the same file.
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(r.recipe for r in group.records):
+        curves = [r.curves["test_loss"] for r in group.records if r.recipe == name]
+        columns = list(zip(*curves, strict=False))
+        epochs = range(1, len(columns) + 1)
+        (line,) = axes.plot(epochs, [sum(c) / len(c) for c in columns], label=name, marker=".", linewidth=1.2)
+        if len(curves) > 1:
+            axes.fill_between(
+                epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
+            )
+    axes.set(xlabel="epoch", ylabel="loss on the test data")
+    axes.legend(fontsize="small", ncols=2)
+    axes.grid(visible=True, alpha=0.3)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})

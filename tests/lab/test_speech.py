@@ -1,0 +1,165 @@
+"""Speech: spectra, recordings, networks that listen, and errors counted."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.lab import tasks
+from halfbyte.lab.data import speech
+from halfbyte.lab.data.augment import mask_bands
+from halfbyte.lab.data.source import Batch
+from halfbyte.lab.data.speech import BANDS, BLANK, CHARACTERS, log_mel
+from halfbyte.lab.models.speech import Listener, Recognizer
+from halfbyte.lab.tasks.speech import read_off, word_errors
+from lab import mini_speech
+
+REAL = os.environ.get("HALFBYTE_DATA")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    mini_speech.write(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def mel(hertz: float) -> float:
+    return 2595 * math.log10(1 + hertz / 700)
+
+
+@pytest.mark.parametrize("hertz", [500, 1000, 2000, 3500])
+def test_a_tone_is_loudest_in_its_band(hertz):
+    """Of two tones one after the other each is in the band whose middle is nearest to it on the mel scale."""
+    seconds = torch.arange(4000) / speech.RATE
+    x = log_mel(torch.cat([torch.sin(2 * torch.pi * hertz * seconds), torch.sin(2 * torch.pi * 250 * seconds)]))
+    assert x.shape == (1 + 8000 // 80, BANDS)
+    expected = mel(hertz) / (mel(4000) / (BANDS + 1)) - 1
+    louder = x[:45].mean(0) - x[-45:].mean(0)
+    assert abs(int(louder.argmax()) - expected) <= 1
+
+
+def test_bands_are_normalized():
+    """Every band of an utterance has mean 0 and deviation 1; loudness makes no difference; silence is no NaN."""
+    noise = torch.randn(8000, generator=torch.Generator().manual_seed(0)) * 0.1
+    x = log_mel(noise)
+    torch.testing.assert_close(x.mean(0), torch.zeros(BANDS), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std(0, correction=0), torch.ones(BANDS), atol=1e-2, rtol=0)
+    torch.testing.assert_close(log_mel(0.5 * noise), x, atol=1e-2, rtol=0)
+    assert torch.isfinite(log_mel(torch.zeros(100))).all()
+
+
+def test_an4_gives_what_was_said(folder):
+    """Marks and names of utterances are taken off, and every four frames are one of the network's."""
+    data = speech.an4(folder, stack=4)
+    said = ["".join(CHARACTERS[c] for c in target) for _, target in data.train.examples]
+    assert said == mini_speech.SAID * 4
+    assert [len(data.train.examples), len(data.test.examples)] == [12, 4]
+    plain = speech.an4(folder).train.examples[0][0]
+    assert plain.shape == (1 + 4000 // 80, BANDS)
+    assert data.train.examples[0][0].shape == (13, 4 * BANDS) == (13, data.bands)
+    assert torch.equal(data.train.examples[0][0].view(-1, BANDS)[: len(plain)], plain)
+    assert data.test.augment is None
+
+
+def test_fsdd_is_split_by_its_own_rule(folder):
+    """Recordings 0 to 4 of each digit are to judge by, the others to learn from, each with its digit."""
+    data = speech.fsdd(folder, stack=2)
+    assert sorted(int(t) for _, t in data.test.examples) == sorted(list(range(10)) * 5)
+    assert sorted(int(t) for _, t in data.train.examples) == sorted(list(range(10)) * 3)
+
+
+@pytest.mark.parametrize("kind", [{"rate": 16000}, {"channels": 2}])
+def test_other_recordings_are_refused(kind):
+    """A recording of another rate or of two channels is an error, not noise."""
+    with pytest.raises(HalfbyteError, match="8000 Hz, one channel and 16 bits are possible"):
+        speech._samples(mini_speech.tone(440, 0.1, **kind))
+
+
+def test_unknown_characters_are_refused():
+    """What the task has no symbol for is named."""
+    with pytest.raises(HalfbyteError, match=r"\['7'\] are no characters"):
+        speech._spelled("<s> ROOM 7 </s> (x)")
+
+
+def test_masks_are_stretches():
+    """Masks are whole frames and whole bands, no longer than asked for; everything else is untouched."""
+    x = torch.ones(50, 60, BANDS)
+    masked = mask_bands(x, torch.Generator().manual_seed(0), time=10, bands=8)
+    assert set(masked.unique().tolist()) == {0.0, 1.0}
+    whole_frames, whole_bands = (masked.sum(2) == 0), (masked.sum(1) == 0)
+    assert torch.equal(masked == 0, whole_frames[:, :, None] | whole_bands[:, None, :])
+    assert 0 < whole_frames.sum(1).max() <= 18
+    assert 0 < whole_bands.sum(1).max() <= 14
+
+
+def test_networks_have_the_parameters_they_say():
+    """The recognizer by its docstring's formula."""
+    model = Recognizer(160, 29, width=8, layers=4, dropout=0.0)
+    expected = 2 * (4 * 8 * 160 + 4 * 64 + 64) + 3 * 2 * (12 * 64 + 64) + 2 * 8 * 29 + 29
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_padding_has_no_part_in_a_class():
+    """The mean over an utterance leaves out what fills it up: frames beyond its length may hold anything finite."""
+    torch.manual_seed(0)
+    model = Listener(3, 10, width=4, layers=1, dropout=0.0)
+    y = torch.randn(2, 5, 8)
+    model.read = lambda _: y
+    first = model(torch.zeros(2, 5, 3), torch.tensor([5, 2]))
+    y[1, 2:] = 7.0
+    assert torch.equal(model(torch.zeros(2, 5, 3), torch.tensor([5, 2])), first)
+    torch.testing.assert_close(first[1], model.head(y[1, :2].mean(0)))
+
+
+def path(symbols: str) -> torch.Tensor:
+    """Logits of which the likeliest are these, "-" for the blank."""
+    return nn.functional.one_hot(torch.tensor([CHARACTERS.index(s) for s in symbols]), len(CHARACTERS)).float()
+
+
+def test_reading_off():
+    """Repeats are one, blanks part true repeats, spaces at the ends go, frames beyond the length do not count."""
+    logits = torch.stack([path("--FFI-VVE-"), path("A-A- --  B")])
+    assert read_off(logits, torch.tensor([10, 10])) == ["FIVE", "AA B"]
+    assert read_off(logits, torch.tensor([6, 1])) == ["FI", "A"]
+
+
+def test_a_path_of_what_was_said_has_no_loss():
+    """The score is the share of characters right, and the loss vanishes as the right path becomes certain."""
+    task = tasks.get("an4")
+    said = torch.tensor([[CHARACTERS.index(c) for c in "FIVE"]])
+    batch = Batch((path("-F-I-V-E").unsqueeze(0) * 50, torch.tensor([8])), (said, torch.tensor([4])), 1)
+
+    class Echo(nn.Module):
+        def forward(self, frames, lengths):
+            return frames
+
+    found = task.learn(Echo(), batch, (), task.settings("smoke"))
+    assert found.loss < 1e-6
+    assert found.score == 1
+    wrong = Batch((path("-F-I-V-A").unsqueeze(0) * 50, torch.tensor([8])), (said, torch.tensor([4])), 1)
+    assert task.learn(Echo(), wrong, (), task.settings("smoke")).score == 0.75
+
+
+def test_word_errors_by_hand(monkeypatch):
+    """One of four words wrong is 25 %; without jiwer the cure is named."""
+    assert word_errors(["A B", "FIVE SIX"], ["A B", "FIVE SEVEN"]) == 25
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    with pytest.raises(HalfbyteError, match=r"pip install 'halfbyte\[lab\]'"):
+        word_errors(["A"], ["A"])
+
+
+@pytest.mark.skipif(REAL is None, reason="HALFBYTE_DATA is not set")
+def test_the_real_recordings():
+    """AN4: 948 and 130 utterances, 773 words and 2,565 characters to judge by; FSDD: 2,700 and 300 recordings."""
+    data = speech.an4(Path(REAL), stack=4)
+    assert (len(data.train.examples), len(data.test.examples)) == (948, 130)
+    said = ["".join(CHARACTERS[c] for c in target) for _, target in data.test.examples]
+    assert sum(len(line.split()) for line in said) == 773
+    assert all(BLANK not in target for _, target in data.train.examples)
+    digits = speech.fsdd(Path(REAL))
+    assert (len(digits.train.examples), len(digits.test.examples)) == (2700, 300)
