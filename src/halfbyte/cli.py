@@ -337,7 +337,7 @@ def info() -> None:
     )
 )
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and few rounds, in about two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and few rounds, in about three minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
     only: Annotated[str, typer.Option(help="Only rows with this in their name; * stands for anything.")] = "",
     threads: Annotated[

@@ -17,7 +17,7 @@ constexpr int MOST_ROWS = 192;                     // and others: the longer the
 constexpr int BLOCK_BYTES = 512;                   // of one row: 512 8-bit or 256 16-bit numbers
 constexpr int ROW_STRIDE = BLOCK_BYTES + 64;       // an odd number of cache lines, so that rows differ in their sets
 constexpr int LIST = BLOCK_BYTES / 4 + 16;         // groups of a row, and what a vector store may write beyond them
-constexpr int WINDOW_PERCENT = 8;                  // outside shares above this are left to words
+constexpr int WINDOW_PERCENT = 15;                 // outside shares above this are left to words: about even
 constexpr int WINDOW_COLUMNS = 2 * PANEL;          // and fewer columns: they do not pay for splitting the rows of A
 
 struct Choice {
