@@ -49,6 +49,13 @@ from halfbyte.recipes import (
 )
 
 EVEN, ODD = "fp4_e3m0_r4", "fp4_e3m0_r4_odd"
+
+
+def in_words(part: object) -> str:
+    """A name for a part of a test's parameters, the same in every process: a set has no order."""
+    return "+".join(sorted(part)) if isinstance(part, set) else str(part)
+
+
 ACTIVATION = "uint4|int4"
 
 # Every recipe by name; slots as Sun et al. 2020, Fig. 4b, section 4.2 and Table 1 give them: fprop input and
@@ -420,7 +427,7 @@ def test_layer_predicates(module, is_depthwise, is_pointwise, is_bottom):
         (Rule(recipe="fp32", when=pointwise), {"block.conv1", "block.conv3", "block.downsample", "project"}),
         (Rule(recipe="fp32", fqn="block.*", type=nn.Conv2d, when=bottom_pointwise), {"block.conv1"}),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_rule_matches_where_all_its_conditions_hold(rule, matched):
     """fqn is a case-sensitive pattern for the whole name, type one class or several, when a function; all must hold."""
@@ -540,7 +547,7 @@ def test_changing_a_slot_changes_what_it_feeds_and_nothing_else(make, slot, spec
         ("dgrad.weight", MinMax(bits=3), {"grad_input"}),
         ("wgrad.input", MinMax(bits=3), {"grad_weight"}),
     ],
-    ids=str,
+    ids=in_words,
 )
 def test_reused_codes_feed_two_gemms(make, slot, spec, fed):
     """Where a backward slot reuses the forward codes, a change of them reaches both results, and not the third."""
