@@ -7,6 +7,7 @@ Nothing heavy is imported before a command needs it, so that ``--help`` answers 
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -42,6 +43,9 @@ _ACCELERATOR = "Where to compute: cpu, cuda, mps or auto."
 _STASH = "Keep what autograd saves as codes of this kind: int4 or int8."
 _DATA = "Folder with a folder for each data set; the digits need none."
 _BACKEND = "Who computes four bits, to the same bits: native (compiled), reference (emulation) or auto."
+_STRATEGY = "How the processes that torchrun started share a run: ddp or fsdp2. Without it: ddp."
+_TENSORBOARD = "Folder for TensorBoard: what each operand of each layer loses, and the loss, every 100 batches."
+_JOBS = "How many runs at a time, each in a process with its share of the threads."
 _RUNS = Path("runs")
 
 
@@ -70,7 +74,7 @@ def _top(
 @app.command(
     epilog=_examples(
         "halfbyte compare digits --recipes fp32,bf16,ibm2020 --seeds 3",
-        "halfbyte compare digits --recipes all --model mlp --json mlp.json",
+        "halfbyte compare digits --recipes all --model mlp --json mlp.json --jobs 2",
     )
 )
 def compare(
@@ -86,6 +90,8 @@ def compare(
     data_dir: Annotated[Path | None, typer.Option(envvar="HALFBYTE_DATA", help=_DATA)] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
     backend: Annotated[str, typer.Option(help=_BACKEND)] = "auto",
+    strategy: Annotated[str | None, typer.Option(help=_STRATEGY)] = None,
+    jobs: Annotated[int, typer.Option(min=1, help=_JOBS)] = 1,
 ) -> None:
     """Train one network under several recipes and seeds, and print what each recipe cost.
 
@@ -95,32 +101,38 @@ def compare(
     from .lab import tasks
     from .lab.compare import compare as run_all
     from .lab.console import Watcher, comparison_table
+    from .lab.ranks import chosen, command, company
     from .lab.run import Interrupted
     from .recipes import RECIPES
 
     names = list(RECIPES) if recipes.strip() == "all" else [name.strip() for name in recipes.split(",")]
-    definition, console = tasks.get(task), Console()
-    try:
-        with Watcher(console, definition.metric, definition.unit) as watcher:
-            result = run_all(
-                task,
-                names,
-                range(seeds),
-                size=size,
-                model=model,
-                fine_tune=fine_tune,
-                out_dir=out,
-                stash=stash,
-                data_dir=data_dir,
-                accelerator=accelerator,
-                backend=backend,
-                progress=watcher,
-                note=lambda text: console.print(text, style="dim"),
-            )
-    except Interrupted as stop:
-        raise _stopped(stop, shlex.join(["halfbyte", *sys.argv[1:]])) from None
+    definition = tasks.get(task)
+    with company(os.environ, accelerator) as leads:
+        console = Console(quiet=not leads)
+        try:
+            with Watcher(console, definition.metric, definition.unit) as watcher:
+                result = run_all(
+                    task,
+                    names,
+                    range(seeds),
+                    size=size,
+                    model=model,
+                    fine_tune=fine_tune,
+                    out_dir=out,
+                    stash=stash,
+                    data_dir=data_dir,
+                    accelerator=accelerator,
+                    backend=backend,
+                    strategy=strategy,
+                    jobs=jobs,
+                    progress=watcher,
+                    note=lambda text: console.print(text, style="dim", markup=False),
+                )
+        except Interrupted as stop:
+            again = command(["halfbyte", *sys.argv[1:]], chosen(strategy))
+            raise _stopped(stop, shlex.join(again), console) from None
     console.print(comparison_table(result))
-    if json_file is not None:
+    if json_file is not None and not console.quiet:
         result.write(json_file)
         console.print(f"Runs and summary: {json_file}")
     if result.failures:
@@ -132,6 +144,7 @@ def compare(
         "halfbyte train digits --recipe ibm2020 --seed 1",
         "halfbyte train digits --recipe luq --fine-tune 3",
         "halfbyte train digits --recipe ibm2020 --seed 1 --resume runs/digits-cnn-cpu-ibm2020-seed1",
+        "torchrun --nproc-per-node=2 -m halfbyte train digits --recipe ibm2020 --strategy fsdp2",
     )
 )
 def train(
@@ -146,9 +159,11 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run that is to go on.")] = None,
     stash: Annotated[str, typer.Option(help=_STASH)] = "",
+    tensorboard: Annotated[Path | None, typer.Option(help=_TENSORBOARD)] = None,
     data_dir: Annotated[Path | None, typer.Option(envvar="HALFBYTE_DATA", help=_DATA)] = None,
     accelerator: Annotated[str, typer.Option(help=_ACCELERATOR)] = "cpu",
     backend: Annotated[str, typer.Option(help=_BACKEND)] = "auto",
+    strategy: Annotated[str | None, typer.Option(help=_STRATEGY)] = None,
 ) -> None:
     """Train one network under one recipe, and write its record.
 
@@ -156,32 +171,37 @@ def train(
     nothing had happened.
     """
     from .lab import tasks
+    from .lab.callbacks import with_probes
     from .lab.console import Watcher
+    from .lab.ranks import company
     from .lab.run import RECORD_NAME, Interrupted, Run
     from .lab.trainer import train as run_one
 
-    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune)
+    run = Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune, stash=stash)
     folder = resume or out or _RUNS / run.name
-    definition, console = tasks.get(task), Console()
-    try:
-        with Watcher(console, definition.metric, definition.unit) as watcher:
-            result = run_one(
-                task,
-                recipe,
-                seed,
-                size=size,
-                model=model,
-                fine_tune=fine_tune,
-                out_dir=out if resume else folder,
-                resume=resume,
-                stash=stash,
-                data_dir=data_dir,
-                accelerator=accelerator,
-                backend=backend,
-                progress=watcher,
-            )
-    except Interrupted as stop:
-        raise _stopped(stop, stop.command) from None
+    definition = tasks.get(task)
+    with company(os.environ, accelerator) as leads:
+        console = Console(quiet=not leads)
+        try:
+            with Watcher(console, definition.metric, definition.unit) as watcher:
+                result = run_one(
+                    task,
+                    recipe,
+                    seed,
+                    size=size,
+                    model=model,
+                    fine_tune=fine_tune,
+                    out_dir=out if resume else folder,
+                    resume=resume,
+                    stash=stash,
+                    data_dir=data_dir,
+                    accelerator=accelerator,
+                    backend=backend,
+                    strategy=strategy,
+                    progress=with_probes(watcher, tensorboard),
+                )
+        except Interrupted as stop:
+            raise _stopped(stop, stop.command, console) from None
     console.print(f"{run.name}: {result.metric} {result.value:.2f} {result.unit} in {result.seconds:.1f} s")
     for layer, count in result.nonfinite.items():
         console.print(f"{layer}: {count} tensors held NaN or infinity.", style="red")
@@ -246,10 +266,11 @@ def _device(name: str) -> Any:
         ) from error
 
 
-def _stopped(stop: Any, command: str) -> typer.Exit:
+def _stopped(stop: Any, command: str, console: Console) -> typer.Exit:
     """Says how to go on after a signal, and leaves with the status that shells use for it."""
     name = signal.Signals(stop.signal_number).name
-    typer.echo(f"\nStopped by {name}; a checkpoint is saved. Go on with:\n  {command}", err=True)
+    if not console.quiet:
+        typer.echo(f"\nStopped by {name}; a checkpoint is saved. Go on with:\n  {command}", err=True)
     return typer.Exit(128 + stop.signal_number)
 
 
@@ -337,7 +358,9 @@ def info() -> None:
     )
 )
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and few rounds, in about three minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes and few rounds, in about three minutes.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
     only: Annotated[str, typer.Option(help="Only rows with this in their name; * stands for anything.")] = "",
     threads: Annotated[

@@ -3,9 +3,13 @@
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from halfbyte.lab import record
 from halfbyte.lab.record import Record, RecordError
@@ -32,7 +36,9 @@ def done() -> Record:
         seconds=1.5,
         samples_per_s=1000.0,
         saved_bytes=4096,
+        peak_bytes=1 << 29,
         layers=["stem fp32"],
+        probes={"stem": {"fprop.input": {"sqnr_db": 20.5, "cosine": None}}},
         commit=record.commit(),
         fine_tune=1,
         conventions={"ibm2020": "every field"},
@@ -85,11 +91,13 @@ def test_cut_file(done, tmp_path):
         (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1 to 3"),
         (lambda c: c.pop("value"), r"missing \['value'\]"),
         (lambda c: c.pop("conventions"), r"missing \['conventions'\]"),
-        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune', 'stash'\]"),
+        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune', 'peak_bytes', 'probes', 'stash'\]"),
         (lambda c: c.update(color="red"), r"foreign \['color'\]"),
         (lambda c: c.update(seed="1"), "'seed' must be int, but is '1'"),
         (lambda c: c.update(value=True), "'value' must be float, but is True"),
         (lambda c: c.update(curves=[]), "'curves' must be dict"),
+        (lambda c: c.update(probes=[]), "'probes' must be dict"),
+        (lambda c: c.update(peak_bytes=0.5), "'peak_bytes' must be int, but is 0.5"),
     ],
 )
 def test_foreign_file(done, tmp_path, change, text):
@@ -103,16 +111,19 @@ def test_foreign_file(done, tmp_path, change, text):
         record.read(path)
 
 
-@pytest.mark.parametrize(("schema", "later"), [(1, ["fine_tune", "conventions", "stash"]), (2, ["stash"])])
+@pytest.mark.parametrize(
+    ("schema", "later"),
+    [(1, ["fine_tune", "conventions", "stash", "probes", "peak_bytes"]), (2, ["stash", "probes", "peak_bytes"])],
+)
 def test_earlier_schemas_are_read(schema, later, done, tmp_path):
-    """A record from before fine-tuning or a stash says that it had none; what it does not hold is empty."""
+    """A record from before fine-tuning, a stash or probes says that it had none; what it does not hold is empty."""
     path = tmp_path / "record.json"
     record.write(done, path)
     content = json.loads(path.read_text())
     for name in later:
         del content[name]
     path.write_text(json.dumps(content | {"schema": schema}))
-    empty = {"fine_tune": 0, "conventions": {}, "stash": ""}
+    empty = {"fine_tune": 0, "conventions": {}, "stash": "", "probes": {}, "peak_bytes": 0}
     assert record.read(path) == dataclasses.replace(done, **{name: empty[name] for name in later})
 
 
@@ -133,6 +144,31 @@ def test_no_host_name_and_no_path(done):
     text = json.dumps([done.machine, done.versions, done.commit, done.sources_sha256])
     assert socket.gethostname() not in text
     assert "/" not in json.dumps([done.machine["platform"], done.versions, done.commit])
+
+
+def test_the_peak_is_this_process_own_and_in_bytes():
+    """A process that writes 256 MiB has a peak of so much more, whatever the process that started it ever had."""
+    code = (
+        "from halfbyte.lab.record import peak_bytes\n"
+        "import torch\n"
+        "before = peak_bytes()\n"
+        "torch.ones(256 << 20, dtype=torch.uint8)\n"
+        "print(before, peak_bytes() - before)\n"
+    )
+    larger = torch.ones(1 << 30, dtype=torch.uint8)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, grown = map(int, done.stdout.split())
+    assert before < len(larger)
+    assert 0.9 * (256 << 20) < grown <= 1.1 * (256 << 20)
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("linux", 5 << 10), ("darwin", 5)])
+def test_peak_without_proc(platform, expected, monkeypatch):
+    """Where the system has no /proc, its own count is taken, which is in KiB but for macOS."""
+    monkeypatch.setattr(record, "Path", lambda _: Path("no such folder"))
+    monkeypatch.setattr(record.sys, "platform", platform)
+    monkeypatch.setattr(record.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=5))
+    assert record.peak_bytes() == expected
 
 
 def test_fingerprint_sees_every_source(tmp_path, monkeypatch):

@@ -1,16 +1,19 @@
 """A run on disk: written so that a kill at any moment leaves a whole checkpoint, read so that no other run is mixed in.
 
 A checkpoint is written beside the previous one and takes its place in one step, when it is complete and on the disk.
+Where the disk is full the previous one stays, and the error says how to go on.
 It is read without executing anything from it (``weights_only``), checked byte by byte against its own checksums, and
 refused where it belongs to another run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,17 @@ from lightning_fabric import Fabric
 
 from ..errors import HalfbyteError
 
-__all__ = ["CheckpointError", "load", "path_in", "save"]
+__all__ = ["CheckpointError", "WriteError", "load", "path_in", "save", "writing"]
 
 _FORMAT = "halfbyte checkpoint 1"
 
 
 class CheckpointError(HalfbyteError, ValueError):
     """A checkpoint that is missing, damaged, or of another run."""
+
+
+class WriteError(HalfbyteError, OSError):
+    """A checkpoint or a record that could not be written, for example because the disk is full."""
 
 
 def path_in(folder: Path) -> Path:
@@ -40,15 +47,56 @@ def save(fabric: Fabric, folder: Path, identity: Mapping[str, Any], state: Mappi
         folder: of the run; created where it is missing.
         identity: what makes this run this run, plain values only.
         state: plain values, tensors, and objects with a ``state_dict``.
+
+    Raises:
+        WriteError: if the disk is full or refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = path_in(folder)
-    partial = path.with_name(f"{path.name}.partial")
-    fabric.save(partial, {"format": _FORMAT, "identity": dict(identity), **state})
-    # Fabric's own save may copy across disks, which a kill can cut in half; a rename inside one folder cannot be cut.
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = _beside(path)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        fabric.save(partial, {"format": _FORMAT, "identity": dict(identity), **state})
+        # Fabric's own save may copy across disks, which a kill can cut in half; a rename in one folder cannot be cut.
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written before it takes its place; records do the same."""
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write a file of a run into an error with the cure, and clears away what was begun.
+
+    Args:
+        path: the file, in the folder of the run.
+
+    Raises:
+        WriteError: if the disk is full or refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            _beside(path).unlink(missing_ok=True)
+        kept = "there was none before"
+        if path_in(path.parent).is_file():
+            kept = f"the run can go on from the checkpoint before, {path_in(path.parent)}, which is whole"
+        raise WriteError(
+            f"{path} could not be written: {error.strerror or error}{_room(path.parent)}; {kept}. Make room or mend "
+            f"the disk, then give the same command with --resume {path.parent}."
+        ) from error
+
+
+def _room(folder: Path) -> str:
+    """How much room there is, where the system tells."""
+    try:
+        return f" ({shutil.disk_usage(folder).free:,} bytes are free there)"
+    except OSError:
+        return ""
 
 
 def load(fabric: Fabric, folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import kernels
 from ..errors import HalfbyteError
-from . import checkpoint, record
-from .record import Record, RecordError
-from .run import RECORD_NAME, DivergedError, Progress, Run
-from .trainer import chosen_backend, train
+from .jobs import Circumstances, finish, finish_all, threads_each
+from .record import Record
+from .run import DivergedError, Progress, Run
 
 __all__ = ["Comparison", "Failure", "Paired", "Summary", "compare", "summarize"]
 
@@ -117,6 +115,8 @@ def compare(
     out_dir: Path | None = None,
     accelerator: str = "cpu",
     backend: str = "auto",
+    strategy: str | None = None,
+    jobs: int = 1,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Comparison:
@@ -137,6 +137,9 @@ def compare(
         out_dir: each run gets a folder below it; None keeps nothing on the disk.
         accelerator: Lightning Fabric's name of the device.
         backend: who computes four bits, see `halfbyte.lab.trainer.train`.
+        strategy: how several processes share the work of a run, see there.
+        jobs: how many runs at a time, each in a process of its own with its share of the threads. The number of threads
+            is part of what a record tells of the machine.
         progress: called after every batch of every run.
         note: called with a sentence where a run is not simply trained from its start.
 
@@ -156,80 +159,24 @@ def compare(
         for seed in seeds
         for recipe in recipes
     ]
-    records, failures = [], []
-    for run in runs:
-        folder = None if out_dir is None else out_dir / run.name
-        try:
-            records.append(_finish(run, folder, data_dir, accelerator, backend, progress, note or (lambda _: None)))
-        except DivergedError as error:
-            failures.append(Failure(recipe=run.recipe, seed=run.seed, message=str(error)))
-    return summarize(task, recipes, records, failures)
+    how = Circumstances(data_dir=data_dir, accelerator=accelerator, backend=backend, strategy=strategy)
 
+    def folder_of(run: Run) -> Path | None:
+        return None if out_dir is None else out_dir / run.name
 
-def _finish(
-    run: Run,
-    folder: Path | None,
-    data_dir: Path | None,
-    accelerator: str,
-    backend: str,
-    progress: Progress | None,
-    note: Callable[[str], None],
-) -> Record:
-    """The record of a run: read, resumed or trained."""
-
-    def go(out_dir: Path | None = None, resume: Path | None = None) -> Record:
-        return train(
-            run.task,
-            run.recipe,
-            run.seed,
-            size=run.size,
-            model=run.model,
-            fine_tune=run.fine_tune,
-            stash=run.stash,
-            data_dir=data_dir,
-            out_dir=out_dir,
-            resume=resume,
-            accelerator=accelerator,
-            backend=backend,
-            progress=progress,
-            other_code="refuse",
-        )
-
-    if folder is None:
-        return go()
-    machine = record.machine(accelerator, kernels.describe(chosen_backend(backend, accelerator)))
-    if (folder / RECORD_NAME).exists():
-        try:
-            done = record.read(folder / RECORD_NAME)
-        except RecordError as error:
-            note(f"{run.name} runs again: {error}")
-        else:
-            if _is_reusable(done, run, machine):
-                note(f"{run.name} is done already; its record is used.")
-                return done
-            note(f"{run.name} runs again: its record is of other code, settings, versions or another machine.")
-    elif checkpoint.path_in(folder).exists():
-        try:
-            result = go(resume=folder)
-        except checkpoint.CheckpointError as error:
-            note(f"{run.name} starts over: {error}")
-        else:
-            note(f"{run.name} went on from its checkpoint.")
-            return result
-    for stale in (folder / RECORD_NAME, checkpoint.path_in(folder)):
-        stale.unlink(missing_ok=True)
-    return go(out_dir=folder)
-
-
-def _is_reusable(done: Record, run: Run, machine: dict[str, Any]) -> bool:
-    """Whether running again would give the same bits."""
-    identity = run.identity
-    return (
-        all(getattr(done, key) == identity[key] for key in identity)
-        and done.sources_sha256 == [record.source_sha256()]
-        and done.versions == record.versions()
-        and done.machine == machine
-    )
+    tell = note or (lambda _: None)
+    threads_each(jobs)
+    if jobs > 1:
+        found, diverged = finish_all(runs, folder_of, how, jobs, progress, tell)
+    else:
+        found, diverged = {}, {}
+        for run in runs:
+            try:
+                found[run] = finish(run, folder_of(run), how, progress, tell)
+            except DivergedError as error:
+                diverged[run] = str(error)
+    failures = [Failure(recipe=run.recipe, seed=run.seed, message=diverged[run]) for run in runs if run in diverged]
+    return summarize(task, recipes, [found[run] for run in runs if run in found], failures)
 
 
 def summarize(

@@ -1,8 +1,12 @@
-"""A run while it goes on: network, optimizer, data, and how far it is."""
+"""A run while it goes on: network, optimizer, data, and how far it is.
+
+Several processes may share a run (`ranks`). Each holds all of what is here; a number in it is that of the whole batch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -11,15 +15,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from .. import kernels, recipes
+from .. import distributed, kernels, recipes
 from ..convert import summary
-from . import checkpoint, phases, record, tasks
+from ..errors import HalfbyteError
+from . import checkpoint, phases, ranks, record, tasks
+from .callbacks import measured
 from .data.source import Batch
 from .guard import weighing
 from .record import Record
@@ -42,46 +48,110 @@ class _Position:
     train_seconds: float = 0.0
     test_seconds: float = 0.0
     threads: int = 0
+    world_size: int = 1
     saved_bytes: int = 0
     sources: list[str] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     layers: list[str] = field(default_factory=list)  # Of ordinary training, once fine-tuning has begun.
     nonfinite: dict[str, int] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)  # At the last batch of ordinary training.
 
 
 class Loop:
     """Network, optimizer, data and position of one run."""
 
-    def __init__(self, run: Run, fabric: Fabric, folder: Path | None, data_dir: Path | None, backend: str) -> None:
-        self.run, self.fabric, self.folder, self.backend = run, fabric, folder, backend
+    def __init__(
+        self,
+        run: Run,
+        fabric: Fabric,
+        folder: Path | None,
+        data_dir: Path | None,
+        backend: str,
+        strategy: str | None = None,
+    ) -> None:
+        self.run, self.fabric, self.folder, self.backend, self.strategy = run, fabric, folder, backend, strategy
+        if run.stash and strategy == "fsdp2":
+            raise HalfbyteError(
+                f"stash={run.stash!r} was asked for with fsdp2, under which it would round the weights that are lent "
+                "to a layer. Leave one of the two out: ddp takes a stash."
+            )
         self.task = tasks.get(run.task)
         self.settings = self.task.settings(run.size)
         self.data = self.task.load_for(data_dir, self.settings)
         # The seed was set just before: the weights depend on it alone, because conversion keeps them.
-        recipe = recipes.get(run.recipe)
-        self.plain: nn.Module = phases.prepare(
-            self.task.models[run.model](self.data, self.settings), recipe, run.seed, backend, run.stash
-        )
+        self.plain = self._built()
+        self.tuned = False
         self.batches_per_epoch = self.data.train.count_batches(self.settings.batch_size)
         self.epochs = self.settings.epochs + run.fine_tune
-        self._equip(phases.ordinary(self.settings, self.batches_per_epoch), self.settings.epochs)
         self.shown = self.task.progress_metric or self.task.metric
         self.carry: Carry = ()
+        self.rows = 0  # of the last batch
         names = ("train_loss", f"train_{self.shown}", "test_loss", f"test_{self.shown}")
         curves: dict[str, list[float]] = {name: [] for name in names}
-        self.position = _Position(curves=curves, threads=torch.get_num_threads(), sources=[record.source_sha256()])
+        self.position = _Position(
+            curves=curves,
+            threads=torch.get_num_threads(),
+            world_size=distributed.ranks(),
+            sources=[record.source_sha256()],
+        )
+        if strategy is not None:
+            self._settle()
+        self._equip(phases.ordinary(self.settings, self.batches_per_epoch), self.settings.epochs)
+
+    def _built(self) -> nn.Module:
+        """A fresh network under the run's recipe."""
+        network = self.task.models[self.run.model](self.data, self.settings)
+        return phases.prepare(network, recipes.get(self.run.recipe), self.run.seed, self.backend, self.run.stash)
+
+    def _settle(self) -> None:
+        """Lets every rank make the first step on the whole first batch, for what it decides and what it keeps."""
+        batch = next(self.data.train.batches(self.settings.batch_size, seed=self.run.seed))
+        self.plain.to(self.fabric.device)
+        tried = copy.deepcopy(self.plain).train()
+        # The same numbers for dropout as in a run of one process, and again in the step that counts.
+        with torch.random.fork_rng(devices=[]):
+            with weighing(tried) as kept_bytes:
+                loss = self.task.learn(tried, batch.to(self.fabric.device), (), self.settings).loss
+            loss.backward()
+        self.position.saved_bytes = sum(kept_bytes)
+        ranks.settle(self.plain, tried)
+        self._part_ways()
+
+    def _part_ways(self) -> None:
+        """Gives each rank a generator of its own, so that dropout differs from rank to rank."""
+        if distributed.ranks() > 1:
+            at, place = self.position, 7_368_787 * (1 + distributed.rank())
+            torch.manual_seed((self.run.seed * 1_000_003 + place + 15_485_863 * at.epoch + at.batch) % 2**63)
 
     def _equip(self, shape: Callable[[int, int], float], epochs: int) -> None:
         """A phase's optimizer and learning rates."""
-        optimizer = phases.optimizer(self.plain, self.settings)
+        network = ranks.wrapped(self.plain, self.strategy, self.fabric.device)
+        optimizer = phases.optimizer(self.plain, self.settings)  # of the parameters that sharding left
         self.schedule = phases.schedule(optimizer, shape, epochs * self.batches_per_epoch)
-        self.network, self.optimizer = self.fabric.setup(self.plain, optimizer)
+        self.network, self.optimizer = self.fabric.setup(network, optimizer)
+
+    def _copy(self) -> nn.Module:
+        """A network of this process alone, with whole weights and the state of this one."""
+        with torch.random.fork_rng(devices=[]):
+            network = self._built()
+        if self.tuned:
+            network = self._switched(network)
+        network.load_state_dict(ranks.whole(self.plain.state_dict()))
+        return network.to(self.fabric.device)
+
+    def _whole(self) -> nn.Module:
+        """The network, to be looked at or judged by this process alone."""
+        return self._copy() if self.strategy == "fsdp2" else self.plain
+
+    def _switched(self, network: nn.Module) -> nn.Module:
+        recipe = recipes.get(self.run.recipe)
+        return phases.switch(network, recipe, self.run.seed, self.backend, self.run.stash)
 
     def _fine_tune(self) -> None:
         """Goes over from ordinary training to fine-tuning."""
-        self.plain = phases.switch(
-            self.plain, recipes.get(self.run.recipe), self.run.seed, self.backend, self.run.stash
-        )
+        # What the ranks share is part of a wrapped network and cannot be converted; a copy of it can.
+        self.plain = self._switched(self.plain if self.strategy is None else self._copy())
+        self.tuned = True
         self._equip(phases.triangle, self.run.fine_tune)
 
     def steps(self) -> Iterator[Step]:
@@ -90,7 +160,9 @@ class Loop:
         while at.epoch < self.epochs:
             size, seed = self.settings.batch_size, self.run.seed
             for batch in self.data.train.batches(size, seed=seed, epoch=at.epoch, start=at.batch):
-                self._train_on(batch.to(self.fabric.device))
+                last = (at.epoch + 1, at.batch + 1) == (self.settings.epochs, self.batches_per_epoch)
+                with measured(self.plain, at.measured, wanted=last):
+                    self._train_on(batch)
                 # The last batch of an epoch is reported after the epoch is closed, so that what is saved is its end.
                 step = self._step()
                 if at.batch == self.batches_per_epoch:
@@ -102,14 +174,19 @@ class Loop:
         started = time.perf_counter()
         at = self.position
         self.network.train()
+        own, self.rows = ranks.share(batch), len(batch.inputs[0])
         with contextlib.ExitStack() as scales:
-            kept_bytes = [] if at.samples else scales.enter_context(weighing(self.plain))
-            loss, score, self.carry = self._learn(batch, self.carry)
+            known = at.samples or self.strategy is not None
+            kept_bytes = [] if known else scales.enter_context(weighing(self.plain))
+            loss, score, self.carry = self._learn(own, self.carry)
         at.saved_bytes += sum(kept_bytes)
-        loss_value = float(loss.detach())
+        if own is not batch:
+            loss = loss * (own.count / batch.count)
+        loss_value, score = ranks.total(float(loss.detach()), score if own.count else 0.0)
         self._demand_finite(loss_value, "training")
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
+        ranks.summed(self.plain)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip_norm)
         self.optimizer.step()
@@ -123,7 +200,7 @@ class Loop:
 
     def _learn(self, batch: Batch, carry: Carry) -> Outcome:
         """The network's outcome on a batch; what it carries on has no gradient."""
-        found = self.task.learn(self.network, batch, carry, self.settings)
+        found = self.task.learn(self.network, batch.to(self.fabric.device), carry, self.settings)
         return found._replace(carry=tuple(t.detach() for t in found.carry))
 
     def _step(self) -> Step:
@@ -138,6 +215,7 @@ class Loop:
             loss=at.loss_sum / at.count,
             score=self.task.summarize(at.score_sum, at.count),
             samples_per_s=at.samples / at.train_seconds,
+            network=self.plain,
         )
 
     def _close_epoch(self) -> None:
@@ -155,7 +233,7 @@ class Loop:
         self.carry = ()
         at.loss_sum = at.score_sum = 0.0
         if self.run.fine_tune and at.epoch == self.settings.epochs:
-            at.layers, broken = str(summary(self.plain)).splitlines(), Counter(_nonfinite(self.plain))
+            at.layers, broken = str(summary(self._whole())).splitlines(), Counter(_nonfinite(self.plain))
             self._fine_tune()
             at.nonfinite = dict(broken - Counter(_nonfinite(self.plain)))  # The weights' quantizers count on.
         if self.folder is not None:
@@ -164,28 +242,32 @@ class Loop:
     def _evaluate(self) -> tuple[float, float]:
         """Mean loss and score on the test data."""
         self.network.eval()
+        ranks.agree(self.plain)
         loss_sum = score_sum = 0.0
         count = 0
         carry: Carry = ()
         with torch.no_grad():
             for batch in self.data.test.batches(self.settings.test_batch_size):
-                loss, score, carry = self._learn(batch.to(self.fabric.device), carry)
-                loss_sum += float(loss) * batch.count
-                score_sum += score
+                own = ranks.share(batch)
+                loss, score, carry = self._learn(own, carry)
+                if own.count:
+                    loss_sum += float(loss) * own.count
+                    score_sum += score
                 count += batch.count
+        loss_sum, score_sum = ranks.total(loss_sum, score_sum)
         # Logits that are NaN would still have a largest entry, and so a plausible accuracy: the loss tells.
         self._demand_finite(loss_sum, "test")
         return loss_sum / count, self.task.summarize(score_sum, count)
 
-    def _judge(self) -> float:
-        """The run's result."""
+    def _judge(self, network: nn.Module) -> float:
+        """The run's result. Every rank finds it for itself, so that none waits for longer than the others can."""
         at, judge = self.position, self.task.judge
         if judge is None:
             return at.curves[f"test_{self.task.metric}"][-1]
         started = time.perf_counter()
-        self.network.eval()
+        network.eval()
         with torch.no_grad():
-            value = judge(self.plain, self.data, self.settings)
+            value = judge(network, self.data, self.settings)
         at.test_seconds += time.perf_counter() - started
         return value
 
@@ -200,35 +282,33 @@ class Loop:
         )
 
     def save(self) -> None:
-        """Writes the checkpoint."""
+        """Writes the checkpoint: all ranks bring what it takes, and rank 0 writes it."""
         assert self.folder is not None
         on_gpu = self.fabric.device.type == "cuda"
+        ranks.fold_counts(self.plain)
+        whole = ranks.whole if self.strategy == "fsdp2" else _as_it_is
         state = {
-            "model": self.network,
-            "optimizer": self.optimizer,
+            "model": whole(self.plain.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "position": dataclasses.asdict(self.position),
-            "carry": list(self.carry),
-            "generator": torch.get_rng_state(),
-            "generator_cuda": torch.cuda.get_rng_state(self.fabric.device) if on_gpu else None,
+            "carry": ranks.gathered(self.carry, self.rows),
+            "generators": ranks.stacked(torch.get_rng_state()),
+            "generators_cuda": ranks.stacked(torch.cuda.get_rng_state(self.fabric.device)) if on_gpu else None,
         }
-        checkpoint.save(self.fabric, self.folder, self.run.identity, state)
+        if distributed.rank() == 0:
+            checkpoint.save(self.fabric, self.folder, self.run.identity, state)
 
     def restore(self, other_code: Literal["warn", "refuse"]) -> None:
         """Goes to where the checkpoint is."""
         assert self.folder is not None
         state = checkpoint.load(self.fabric, self.folder, self.run.identity)
         try:
-            self.position = _Position(**state["position"])
-            if self.run.fine_tune and self.position.epoch >= self.settings.epochs:
-                self._fine_tune()
-            self.network.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.carry = tuple(t.to(self.fabric.device) for t in state["carry"])
-            torch.set_rng_state(state["generator"])
-            if state["generator_cuda"] is not None and self.fabric.device.type == "cuda":
-                torch.cuda.set_rng_state(state["generator_cuda"], self.fabric.device)
+            at = _Position(**state["position"])
+            # Where nothing is done yet this network has all that is saved, and the first clips, which may not be.
+            if at.samples or self.strategy is None:
+                self.position = at
+                self._take(state)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{checkpoint.path_in(self.folder)} does not fit this version of halfbyte ({error}). Start over."
@@ -236,8 +316,23 @@ class Loop:
         changes = self._changes()
         if changes and other_code == "refuse":
             raise checkpoint.CheckpointError(f"The checkpoint in {self.folder} is of another state: {changes}.")
-        if changes:
+        if changes and distributed.rank() == 0:
             warnings.warn(f"{self.run.name} goes on, but may end in other bits: {changes}.", stacklevel=3)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Takes over what a checkpoint holds, however many ranks it is of."""
+        device = self.fabric.device
+        if self.run.fine_tune and self.position.epoch >= self.settings.epochs:
+            self._fine_tune()
+        ranks.load(self.plain, self.optimizer, state["model"], state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.carry = ranks.dealt([t.to(device) for t in state["carry"]])
+        if len(state["generators"]) != distributed.ranks():
+            self._part_ways()
+            return
+        torch.set_rng_state(state["generators"][distributed.rank()])
+        if state["generators_cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["generators_cuda"][distributed.rank()], device)
 
     def _changes(self) -> str:
         """Why the rest of a resumed run may differ from an unbroken run; empty where nothing has changed."""
@@ -247,13 +342,17 @@ class Loop:
             changes.append("halfbyte's code has changed")
         if at.threads != threads:
             changes.append(f"torch uses {threads} threads, not {at.threads}")
+        if at.world_size != distributed.ranks():
+            changes.append(f"the processes are {distributed.ranks()}, not {at.world_size}")
         return " and ".join(changes)
 
     def record(self, accelerator: str) -> Record:
         """The result, once every epoch is done."""
         at, task, run = self.position, self.task, self.run
-        layers = str(summary(self.plain)).splitlines()
-        value = self._judge()
+        network = self._whole()
+        layers = str(summary(network)).splitlines()
+        value = self._judge(network)
+        ranks.fold_counts(self.plain)
         return Record(
             task=run.task,
             recipe=run.recipe,
@@ -266,11 +365,12 @@ class Loop:
             unit=task.unit,
             settings=run.identity["settings"],
             recipe_text=run.identity["recipe_text"],
-            command=run.command(),
+            command=ranks.command(run.command(), self.strategy),
             curves=at.curves,
             seconds=at.train_seconds + at.test_seconds,
             samples_per_s=at.samples / at.train_seconds,
             saved_bytes=at.saved_bytes,
+            **at.measured,
             layers=[*at.layers, "fine-tuning:", *layers] if at.layers else layers,
             nonfinite=dict(Counter(at.nonfinite) + Counter(_nonfinite(self.plain))),
             fine_tune=run.fine_tune,
@@ -279,8 +379,12 @@ class Loop:
             commit=record.commit(),
             sources_sha256=at.sources,
             versions=record.versions(),
-            machine=record.machine(accelerator, kernels.describe(self.backend)),
+            machine=record.machine(accelerator, kernels.describe(self.backend)) | ranks.described(self.strategy),
         )
+
+
+def _as_it_is(state: Any) -> Any:
+    return state
 
 
 def _nonfinite(network: nn.Module) -> dict[str, int]:

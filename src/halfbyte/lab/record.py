@@ -15,7 +15,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +28,26 @@ import torch
 
 from ..errors import HalfbyteError
 
-__all__ = ["SCHEMA", "Record", "RecordError", "commit", "machine", "read", "source_sha256", "versions", "write"]
+__all__ = [
+    "SCHEMA",
+    "Record",
+    "RecordError",
+    "commit",
+    "machine",
+    "peak_bytes",
+    "read",
+    "source_sha256",
+    "versions",
+    "write",
+]
 
 SCHEMA = 3
-_LATER = {1: {"fine_tune", "conventions", "stash"}, 2: {"stash"}, 3: set[str]()}
-"""The schemas that are read: for each the fields that it does not have, because its runs had no such thing."""
+_LATER = {
+    1: {"fine_tune", "conventions", "stash", "probes", "peak_bytes"},
+    2: {"stash", "probes", "peak_bytes"},
+    3: set[str](),
+}
+"""The schemas that are read: for each the fields that it does not have, because its runs had or told no such thing."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -59,7 +76,13 @@ class Record:
         seconds: wall-clock time of training and evaluation, pauses between resumed parts excluded.
         samples_per_s: training examples in a second of training.
         saved_bytes: what the network kept between forward and backward at the first batch, its parameters excluded.
+        peak_bytes: the most memory that the process had until the last batch of ordinary training, see `peak_bytes`; 0
+            where nobody looked.
         layers: the table of the converted model, line by line; after it, where there was fine-tuning, that phase's.
+        probes: what quantization did at the last batch of ordinary training, by layer and by slot:
+            ``probes["conv2"]["dgrad.grad_output"]["sqnr_db"]``. The measures are ``sqnr_db``, ``underflow_rate``,
+            ``saturation_rate``, ``cosine`` and ``log2_scale``, see `halfbyte.probes.ProbeRow`; None for one that is not
+            finite. Empty where nothing is quantized.
         nonfinite: how many tensors with NaN or infinity each quantizer met; empty where there were none.
         fine_tune: epochs in high precision that followed the ordinary ones; the curves hold both.
         stash: how what autograd saved was kept; empty for as torch keeps it.
@@ -86,7 +109,9 @@ class Record:
     seconds: float
     samples_per_s: float
     saved_bytes: int
+    peak_bytes: int = 0
     layers: list[str]
+    probes: dict[str, Any] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     fine_tune: int = 0
     stash: str = ""
@@ -185,6 +210,24 @@ def machine(accelerator: str = "cpu", backend: str = "reference") -> dict[str, A
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had at once since it began: its peak resident set, in bytes.
+
+    All of the process counts: Python, torch, the data, and every run before this one. What two runs need is therefore
+    compared by running each in a process of its own. Memory of an accelerator and of other processes does not count.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    # On Linux getrusage also counts the process that started this one, as it was then: a large one would hide it.
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes.
 
 
 def _cpu_model() -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from .. import recipes
 from ..errors import HalfbyteError, UnknownNameError
@@ -114,6 +116,7 @@ class Step:
         loss: mean training loss of this epoch so far.
         score: the task's metric on this epoch's training data so far.
         samples_per_s: training examples in a second, over the whole run.
+        network: as it is now, to look at and not to change; None in another process than the run's.
     """
 
     run: Run
@@ -124,6 +127,7 @@ class Step:
     loss: float
     score: float
     samples_per_s: float
+    network: nn.Module | None = field(default=None, repr=False)
 
 
 Progress = Callable[[Step], None]

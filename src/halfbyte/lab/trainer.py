@@ -16,11 +16,12 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+import torch
 from lightning_fabric import Fabric
 
-from .. import kernels
+from .. import distributed, kernels
 from ..errors import HalfbyteError
-from . import checkpoint, record
+from . import checkpoint, ranks, record
 from .guard import reproducible, signals
 from .loop import Loop
 from .record import Record
@@ -43,10 +44,13 @@ def train(
     resume: Path | None = None,
     accelerator: str = "cpu",
     backend: str = "auto",
+    strategy: str | None = None,
     progress: Progress | None = None,
     other_code: Literal["warn", "refuse"] = "warn",
 ) -> Record:
     """Trains one network under one recipe.
+
+    Inside `halfbyte.lab.ranks.joined` all processes call this with the same arguments and train it together.
 
     Args:
         task: a name in `halfbyte.lab.tasks.TASKS`.
@@ -62,17 +66,22 @@ def train(
         accelerator: Lightning Fabric's name of the device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
         backend: who computes four bits, see `halfbyte.convert`; the bits are the same. ``auto`` is ``native`` where its
             library is there and the accelerator is ``cpu``.
+        strategy: how several processes share the work, ``ddp`` or ``fsdp2`` (`halfbyte.lab.ranks.STRATEGIES`); None is
+            ``ddp`` where there are several.
         progress: called after every batch.
         other_code: what to do with a checkpoint of other code or another number of threads, from which the run may
             end in other bits.
 
     Returns:
-        The record of the run, which is also in the folder.
+        The record of the run, which is also in the folder: of several processes the first one's, on each.
 
     Raises:
         UnknownNameError: if there is no such task, recipe, size or network.
         UnsupportedError: if the backend is ``native`` and its library is absent.
-        HalfbyteError: if ``out_dir`` already holds a run, there is no such accelerator, or data is missing or damaged.
+        HalfbyteError: if ``out_dir`` already holds a run, there is no such accelerator, data is missing or damaged, or
+            a strategy is given to one process alone.
+        WriteError: if the disk is full; what was saved before is whole.
+        LostRankError: if another process of the run has ended or does not answer.
         CheckpointError: if ``resume`` holds no checkpoint, a damaged one, or that of another run.
         DivergedError: if the loss stops being a finite number.
         Interrupted: on Ctrl-C or SIGTERM, after the checkpoint is written.
@@ -82,25 +91,35 @@ def train(
         raise HalfbyteError(
             f"Both out_dir={out_dir} and resume={resume} were given; a resumed run stays in its folder."
         )
-    folder = resume or out_dir
-    if out_dir is not None and (checkpoint.path_in(out_dir).exists() or (out_dir / RECORD_NAME).exists()):
+    folder, strategy = resume or out_dir, ranks.chosen(strategy)
+    # Rank 0 looks, and the others follow: at once it may write what they would find.
+    if ranks.first(out_dir is not None and (checkpoint.path_in(out_dir).exists() or (out_dir / RECORD_NAME).exists())):
         raise HalfbyteError(
             f"{out_dir} already holds a run. Go on with it (--resume {out_dir}) or choose another folder."
         )
-    if resume is not None and (resume / RECORD_NAME).exists():
+    if resume is not None and ranks.first((resume / RECORD_NAME).exists()):
         return _finished(run, resume / RECORD_NAME)
     if accelerator != "cpu":
         # CUDA's matrix library is reproducible only with a fixed workspace, and reads this when it first starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        fabric = Fabric(accelerator=accelerator, devices=1, precision="32-true")
+        fabric = Fabric(accelerator=accelerator, devices=_devices(accelerator, strategy), precision="32-true")
     except (ValueError, RuntimeError, ImportError) as error:
         raise HalfbyteError(
             f"The accelerator {accelerator!r} cannot be used here ({error}). Possible: cpu, auto, and cuda or mps "
             "where there is one."
         ) from error
-    with reproducible(seed, fabric.device), signals(heard=folder is not None) as received:
-        loop = Loop(run, fabric, folder, data_dir, chosen_backend(backend, accelerator))
+    extra = [] if accelerator == "cpu" else ["--accelerator", accelerator]
+    extra += [] if data_dir is None else ["--data-dir", str(data_dir)]
+    extra += [] if folder is None else ["--resume", str(folder)]
+    command = shlex.join(ranks.command(run.command(*extra), strategy))
+    go_on = f"Its checkpoint is whole. Go on, with any number of processes, by: {command}"
+    with (
+        ranks.noticing("It kept no checkpoint; start it again." if folder is None else go_on),
+        reproducible(seed, fabric.device),
+        signals(heard=folder is not None) as received,
+    ):
+        loop = Loop(run, fabric, folder, data_dir, chosen_backend(backend, accelerator), strategy)
         if resume is not None:
             loop.restore(other_code)
         elif folder is not None:
@@ -108,16 +127,24 @@ def train(
         for step in loop.steps():
             if progress is not None:
                 progress(step)
-            if received and folder is not None:
+            if folder is None:
+                continue
+            number = ranks.most(received[0] if received else 0)
+            if number:
                 loop.save()
-                extra = [] if accelerator == "cpu" else ["--accelerator", accelerator]
-                extra += [] if data_dir is None else ["--data-dir", str(data_dir)]
-                command = shlex.join(run.command(*extra, "--resume", str(folder)))
-                raise Interrupted(command, received[0])
-    result = loop.record(accelerator)
-    if folder is not None:
-        record.write(result, folder / RECORD_NAME)
+                raise Interrupted(command, number)
+        result = ranks.first(loop.record(accelerator))
+        if folder is not None and distributed.rank() == 0:
+            with checkpoint.writing(folder / RECORD_NAME):
+                record.write(result, folder / RECORD_NAME)
+        ranks.first(None)  # The others go on when the record is there.
     return result
+
+
+def _devices(accelerator: str, strategy: str | None) -> int | list[int]:
+    """What Fabric takes: one device, on CUDA each rank its own."""
+    several = strategy is not None and accelerator != "cpu" and torch.cuda.is_available()
+    return [torch.cuda.current_device()] if several else 1
 
 
 def chosen_backend(name: str, accelerator: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,6 +144,12 @@ class GradScaleState(Stateful):
         self.declare("observed", -1.0, torch.float64, device=device)
         self.declare("clean_steps", 0, torch.int32, device=device)
         self._agreed = False
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.spec.shared and not keep_vars:
+            # Each layer saves a copy of its own: safetensors refuses one tensor under several names.
+            destination.update({prefix + name: destination[prefix + name].clone() for name in self._buffers})
 
     def settled(self) -> Number | None:
         """The exponent that the next gradient is scaled with, if it does not depend on that; None if it may.
