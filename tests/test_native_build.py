@@ -307,3 +307,16 @@ def test_the_build_module_needs_nothing_installed() -> None:
     code = f"import runpy; runpy.run_path({str(build.__file__)!r})"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was built before the sources changed is as good as none, and the text says how to build it again."""
+    from halfbyte.kernels.native import library
+
+    if not library.available():
+        pytest.skip("no compiled library")
+    monkeypatch.setattr(library, "fingerprint", lambda: "0" * 12)
+    found = library._load.__wrapped__()
+    assert isinstance(found, str)
+    assert "was built from other sources" in found
+    assert "python -m halfbyte.kernels.native.build" in found

@@ -363,6 +363,31 @@ def test_norm_and_relu_in_one_pass_change_nothing(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+class Negated(nn.BatchNorm2d):
+    """A norm that does more than its base class."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The norm with the other sign."""
+        return -super().forward(input)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_other_norms_are_not_fused(twice: bool) -> None:
+    """A subclass may do more after the norm, and a norm that comes twice may have a ReLU once: both go to the ReLU."""
+    norm = nn.BatchNorm2d(3) if twice else Negated(3)
+    plain = nn.Sequential(norm, nn.ReLU(), nn.Conv2d(3, 3, 1), *([norm] if twice else []))
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = plain(x)
+    kept = hb.convert(copy.deepcopy(plain), "fp32", stash="int8")
+    torch.testing.assert_close(kept(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_by_its_other_name() -> None:
+    """torch.dropout names its last argument otherwise than the function of torch.nn.functional."""
+    y = under(lambda x: torch.dropout(x, p=0.5, train=True))(torch.ones(4000, requires_grad=True))
+    assert set(y.tolist()) == {0.0, 2.0}
+
+
 def test_a_norm_called_by_itself_has_no_relu() -> None:
     """Only while its own sequence runs does a norm take the ReLU along: elsewhere its result keeps its sign."""
 

@@ -84,10 +84,15 @@ def test_every_group_says_how_it_was_made(tmp_path):
 
 
 def test_groups_stand_apart(tmp_path):
-    """Sizes and networks are not mixed: each has its heading, its table and its figure."""
-    written = results.write_page([*RECORDS, of("fp32", 90.0, size="full")], tmp_path / "results.md")
-    assert [path.name for path in written] == ["results.md", "ptb-lstm-200-cpu.svg", "ptb-lstm-200-full.svg"]
-    assert (tmp_path / "results.md").read_text().count("## ptb: lstm-200") == 2
+    """Sizes, networks, stashes and fine-tuning are not mixed: each has its heading, its table and its figure."""
+    others = [of("fp32", 90.0, size="full"), of("fp32", 91.0, stash="int4"), of("fp32", 92.0, fine_tune=2)]
+    written = results.write_page([*RECORDS, *others], tmp_path / "results.md")
+    names = ["cpu", "cpu-ft2", "cpu-stash-int4", "full"]
+    assert [path.name for path in written] == ["results.md", *(f"ptb-lstm-200-{name}.svg" for name in names)]
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("## ptb: lstm-200") == 4
+    assert "--model lstm-200 --stash int4`" in text
+    assert "--model lstm-200 --fine-tune 2`" in text
 
 
 def test_the_same_records_give_the_same_files(tmp_path):

@@ -22,6 +22,7 @@ from ..convert import convert, restore
 from ..ops import Plan
 from ..quantizers import Quantizer
 from ..recipes import Dgrad, Fprop, Recipe, Rule, Wgrad, get
+from ..stash import STEP
 from .tasks import Settings
 
 __all__ = [
@@ -173,8 +174,11 @@ def switch(model: nn.Module, recipe: Recipe, seed: int, backend: str = "referenc
     if next_recipe is recipe:
         return model
     before = _plans(model)
+    stashed = getattr(model, STEP, None)
     restore(model)
     prepare(model, next_recipe, seed, backend, stash)
+    if stashed is not None:
+        getattr(model, STEP).copy_(stashed)
     for name, plan in _plans(model).items():
         plan.step.copy_(before[name].step)
         old, new = before[name].weight, plan.weight

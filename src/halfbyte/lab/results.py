@@ -61,11 +61,14 @@ class _Group:
     task: str
     model: str
     size: str
+    stash: str
+    fine_tune: int
     records: Sequence[Record]
 
     @property
     def name(self) -> str:
-        return f"{self.task}-{self.model}-{self.size}"
+        kept = f"-stash-{self.stash}" if self.stash else ""
+        return f"{self.task}-{self.model}-{self.size}{f'-ft{self.fine_tune}' if self.fine_tune else ''}{kept}"
 
     @property
     def comparison(self) -> Comparison:
@@ -131,21 +134,32 @@ def write_page(records: Sequence[Record], path: Path) -> list[Path]:
 
 _HEAD = """# Results
 
-Every number here is from a record in `experiments/records/`; this page is made of them by
-`halfbyte report experiments/records -o docs/results.md`. A gap is a recipe's mean minus that of `fp32`, trained from
-the same initial weights on the same batches. The paper is Sun et al., NeurIPS 2020, tables 1 and 3; where our network
-or data is not its own, compare gaps and not values. No epoch is chosen by its result: the last one counts.
+Every number here is from a record; `halfbyte report` makes this page of them. A gap is a recipe's mean minus that of
+`fp32`, trained from the same initial weights on the same batches. The paper is Sun et al., NeurIPS 2020, tables 1 and
+3; where our network or data is not its own, compare gaps and not values. No epoch is chosen by its result: the last
+one counts.
 """
 
 
 def _groups(records: Sequence[Record]) -> list[_Group]:
     """Records by what can be compared, in the order of the tasks."""
     known = [r for r in records if r.task in tasks.TASKS]
-    keys = dict.fromkeys((r.task, r.model, r.size) for r in known)
     order = list(tasks.TASKS)
+
+    def key(record: Record) -> tuple[int, str, str, str, int]:
+        return order.index(record.task), record.model, record.size, record.stash, record.fine_tune
+
+    groups = [[r for r in known if key(r) == wanted] for wanted in sorted({key(r) for r in known})]
     return [
-        _Group(task=t, model=m, size=s, records=[r for r in known if (r.task, r.model, r.size) == (t, m, s)])
-        for t, m, s in sorted(keys, key=lambda key: (order.index(key[0]), key[1:]))
+        _Group(
+            task=records[0].task,
+            model=records[0].model,
+            size=records[0].size,
+            stash=records[0].stash,
+            fine_tune=records[0].fine_tune,
+            records=records,
+        )
+        for records in groups
     ]
 
 
@@ -157,7 +171,10 @@ def _section(group: _Group, figure: str) -> str:
     better = "higher" if task.higher_is_better else "lower"
     head = ["recipe", "seeds", f"{task.metric}{unit}", "gap", "95 % interval", "paper's gap", "time", "kept"]
     lines = [
-        f"## {group.task}: {group.model}, size {group.size}\n",
+        f"## {group.task}: {group.model}, size {group.size}"
+        + (f", stash {group.stash}" if group.stash else "")
+        + (f", {group.fine_tune} epochs of fine-tuning" if group.fine_tune else "")
+        + "\n",
         f"{task.description} {better.capitalize()} is better."
         + (f" The paper's row: {paper.what}, {paper.values['fp32']:g} in FP32." if paper else "")
         + "\n",
@@ -214,7 +231,10 @@ def _made(group: _Group) -> str:
     recipes_run = ",".join(dict.fromkeys(r.recipe for r in group.records))
     seeds = 1 + max(r.seed for r in group.records)
     words = ["halfbyte", "compare", first.task, "--recipes", recipes_run, "--seeds", str(seeds)]
-    command = shlex.join([*words, "--size", first.size, "--model", first.model])
+    words += ["--size", first.size, "--model", first.model]
+    words += ["--stash", group.stash] if group.stash else []
+    words += ["--fine-tune", str(group.fine_tune)] if group.fine_tune else []
+    command = shlex.join(words)
     commits = sorted(
         {f"{str(r.commit['revision'])[:7]}{' with changes' if r.commit['dirty'] else ''}" for r in group.records}
     )

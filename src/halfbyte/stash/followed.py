@@ -38,16 +38,23 @@ def fused_sequences(model: nn.Module, run: Run) -> Iterator[None]:
             handle.remove()
 
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
 def _norms_before_relu(sequence: nn.Sequential) -> frozenset[int]:
-    """The ids of the running means."""
+    """The ids of the running means. A norm of another class may do more, one that comes twice may be followed once."""
+    modules = list(sequence._modules.values())
     return frozenset(
         id(norm.running_mean)
-        for norm, relu in pairwise(sequence)
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+        for norm, relu in pairwise(modules)
+        if type(norm) in _NORMS and norm.running_mean is not None and sum(m is norm for m in modules) == 1
         if type(relu) is nn.ReLU and not (_is_watched(norm) or _is_watched(relu))
     )
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what goes in or comes out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Whether a hook sees what goes in or comes out, or another forward pass stands in the place of its own."""
+    everywhere = nn.modules.module
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    of_all = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
+    return any(hooks) or any(of_all) or "forward" in vars(module)

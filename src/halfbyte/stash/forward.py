@@ -133,7 +133,8 @@ def describe(model: nn.Module) -> str:
     return (
         f"saved for backward: floats as {found.stash} with a minimum and a step for each 128 of them, at random; in "
         f"attention and softmax as int8; losses, statistics, weights, NaN and infinity, tensors below {LEAST_BYTES} "
-        "bytes and the model's inputs as they are; booleans, ReLU and dropout as one bit; indices as small integers"
+        "bytes and the model's inputs as they are, but for those of batch norm; booleans, ReLU and dropout as one bit; "
+        "indices as small integers"
     )
 
 

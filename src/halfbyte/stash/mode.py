@@ -95,6 +95,10 @@ def _dropout(run: Run, func: Rule, input: Any, p: float = 0.5, training: bool = 
     return functions.dropout(run, input, p, inplace=inplace)
 
 
+def _torch_dropout(run: Run, _: Rule, input: Any, p: float, train: bool) -> Any:
+    return _dropout(run, F.dropout, input, p, train)
+
+
 def _batch_norm(
     run: Run,
     func: Rule,
@@ -184,7 +188,8 @@ _RULES: dict[Any, Rule] = {
     F.relu6: _relu6,
     F.hardtanh: _hardtanh,
     F.leaky_relu: _leaky_relu,
-    **dict.fromkeys((F.dropout, torch.dropout), _dropout),
+    F.dropout: _dropout,
+    torch.dropout: _torch_dropout,
     F.batch_norm: _batch_norm,
     **dict.fromkeys((F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, torch.layer_norm), _norm),
     F.scaled_dot_product_attention: _attention,

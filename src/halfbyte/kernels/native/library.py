@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnknownNameError, UnsupportedError
-from .build import HOW_TO_GET, ISA_FLAGS, TARGET
+from .build import HOW_TO_GET, ISA_FLAGS, SOURCES, TARGET, fingerprint
 
 __all__ = [
     "INT32",
@@ -88,6 +88,9 @@ def _load() -> ctypes.CDLL | str:
         return f"{path.name} cannot be loaded ({error}): {HOW_TO_GET}"
     for name in ("hb_isa", "hb_build"):
         getattr(loaded, name).restype = ctypes.c_char_p
+    label = loaded.hb_build().decode()
+    if SOURCES.is_dir() and fingerprint() not in label:
+        return f"{path.name} was built from other sources than those of this version ({label}): {HOW_TO_GET}"
     for name in ("hb_has_isa", "hb_force_isa"):
         getattr(loaded, name).argtypes = [ctypes.c_char_p]
     loop = _torch_loop()
