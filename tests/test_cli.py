@@ -14,7 +14,7 @@ from PIL import Image
 from halfbyte import RECIPES, formats, kernels, picture
 from halfbyte.cli import main
 from halfbyte.errors import HalfbyteError
-from halfbyte.lab import record
+from halfbyte.lab import record, trainer
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
@@ -200,6 +200,23 @@ def test_interrupted_training_prints_the_command_that_goes_on(number, status, tm
     assert not (tmp_path / "my run" / "record.json").exists()
     assert main(["train", "digits", "--recipe", "fp32", "--size", "full", "--model", "mlp", "--resume", "my run"]) == 0
     assert record.read(tmp_path / "my run" / "record.json").size == "full"
+
+
+def test_the_command_that_goes_on_keeps_its_options(tmp_path, capsys, monkeypatch):
+    """What was chosen beside the run itself, where it writes probes and who computes, is in the printed command."""
+    real = trainer.train
+
+    def stopped(*args, progress, **how):
+        def watch(step):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        return real(*args, progress=watch, **how)
+
+    monkeypatch.setattr(trainer, "train", stopped)
+    arguments = ["train", "digits", "--recipe", "fp32", "--size", "smoke", "--model", "mlp", "--out", "run"]
+    assert main([*arguments, "--backend", "reference", "--tensorboard", "a board"]) == 130
+    command = capsys.readouterr().err.splitlines()[-1].strip()
+    assert command.endswith("--backend reference --resume run --tensorboard 'a board'")
 
 
 def gradient(mode: str, path) -> Image.Image:

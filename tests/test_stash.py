@@ -635,7 +635,6 @@ def test_a_compiled_model_says_that_it_runs_eagerly() -> None:
 
 def test_native_trains_to_the_same_bits() -> None:
     """Three steps with a stash end in the same state on either backend."""
-    pytest.importorskip("halfbyte.kernels.native")
     from halfbyte.kernels import native
 
     if not native.available():

@@ -201,7 +201,8 @@ def train(
                     progress=with_probes(watcher, tensorboard),
                 )
         except Interrupted as stop:
-            raise _stopped(stop, stop.command, console) from None
+            board = "" if tensorboard is None else f" --tensorboard {shlex.quote(str(tensorboard))}"
+            raise _stopped(stop, stop.command + board, console) from None
     console.print(f"{run.name}: {result.metric} {result.value:.2f} {result.unit} in {result.seconds:.1f} s")
     for layer, count in result.nonfinite.items():
         console.print(f"{layer}: {count} tensors held NaN or infinity.", style="red")
@@ -236,9 +237,8 @@ def audit(
     from .lab.guard import reproducible
     from .recipes import get
 
-    chosen, definition = get(recipe), tasks.get(task)
+    chosen, definition, place = get(recipe), tasks.get(task), _device(device)
     name, data, settings = definition.model_named(model), definition.load(data_dir), definition.settings("cpu")
-    place = _device(device)
     with reproducible(0, torch.device("cpu")):
         network = convert(definition.models[name](data, settings), chosen).to(place)
         batch = next(data.train.batches(settings.batch_size)).to(place)

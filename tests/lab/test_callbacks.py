@@ -230,7 +230,8 @@ def test_a_run_of_another_process_is_refused(tmp_path):
 
 def test_the_commands_option_writes(tmp_path, monkeypatch):
     """``--tensorboard`` writes the probes of a run beside its record."""
-    main = pytest.importorskip("halfbyte.cli").main
+    from halfbyte.cli import main
+
     monkeypatch.chdir(tmp_path)
     assert main(["train", "digits", "--recipe", "ibm2020", "--size", "smoke", "--tensorboard", "board"]) == 0
     assert {step for step, _ in written(tmp_path / "board")["loss"]} == {2}

@@ -91,6 +91,13 @@ def test_the_fastest_backend_is_the_default(unbroken):
     assert trainer.chosen_backend("auto", "cuda") == "reference"
 
 
+@pytest.mark.parametrize(("gpu", "expected"), [(True, "reference"), (False, kernels.resolve("auto"))])
+def test_an_accelerator_that_is_not_there_is_the_cpu(gpu, expected, monkeypatch):
+    """Where Fabric would find no accelerator by itself the run is on the CPU, and its backend too."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    assert trainer.chosen_backend("auto", "auto") == expected
+
+
 def test_an_absent_backend_is_an_error(monkeypatch):
     """A backend that is asked for by name is not replaced by another."""
     monkeypatch.setattr(native.library, "_load", lambda: "not built")

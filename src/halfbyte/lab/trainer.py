@@ -65,7 +65,7 @@ def train(
         resume: folder of an interrupted run that goes on there. A finished one is returned as it is.
         accelerator: Lightning Fabric's name of the device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
         backend: who computes four bits, see `halfbyte.convert`; the bits are the same. ``auto`` is ``native`` where its
-            library is there and the accelerator is ``cpu``.
+            library is there and the run is on the CPU.
         strategy: how several processes share the work, ``ddp`` or ``fsdp2`` (`halfbyte.lab.ranks.STRATEGIES`); None is
             ``ddp`` where there are several.
         progress: called after every batch.
@@ -110,6 +110,7 @@ def train(
             "where there is one."
         ) from error
     extra = [] if accelerator == "cpu" else ["--accelerator", accelerator]
+    extra += [] if backend == "auto" else ["--backend", backend]
     extra += [] if data_dir is None else ["--data-dir", str(data_dir)]
     extra += [] if folder is None else ["--resume", str(folder)]
     command = shlex.join(ranks.command(run.command(*extra), strategy))
@@ -149,7 +150,8 @@ def _devices(accelerator: str, strategy: str | None) -> int | list[int]:
 
 def chosen_backend(name: str, accelerator: str) -> str:
     """The backend's own name: for ``auto`` the fastest one there is for tensors on that accelerator."""
-    return "reference" if name == "auto" and accelerator != "cpu" else kernels.resolve(name)
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    return kernels.resolve(name) if on_cpu or name != "auto" else "reference"
 
 
 def _finished(run: Run, path: Path) -> Record:
