@@ -36,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-_SIZE = "How long: smoke (seconds, for tests), cpu (a minute at a desk) or full (for results)."
+_SIZE = "How long: smoke (seconds, for tests), cpu (minutes on a desk machine, at most 40) or full (the published setting)."
 _MODEL = "Which network of the task; for digits cnn or mlp."
 _FINE_TUNE = "Epochs in high precision after the ordinary ones; the weights stay in their format. 0 for none."
 _ACCELERATOR = "Where to compute: cpu, cuda, mps or auto."

@@ -157,7 +157,7 @@ TASKS = (
                 "smoke": replace(
                     _TINY, epochs=1, model="smallest", warmup=1, batch_size=8, examples=24, test_examples=4
                 ),
-                "cpu": _TINY,
+                "cpu": replace(_TINY, epochs=6, warmup=400),
                 "full": replace(_TINY, epochs=60, dropout=0.3, schedule="inverse_sqrt", warmup=2000, beam=5),
             }
         ),

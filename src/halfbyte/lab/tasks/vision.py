@@ -65,7 +65,7 @@ _CIFAR10 = Settings(
     schedule="drops",
     drops=(0.5, 0.75),
 )
-_CIFAR10_CPU = replace(_CIFAR10, epochs=6, model="resnet20", schedule="cosine", drops=())
+_CIFAR10_CPU = replace(_CIFAR10, epochs=5, model="resnet20", schedule="cosine", drops=())
 _FASHION_CPU = replace(_CIFAR10_CPU, epochs=7, model="cnn")
 
 TASKS = (
