@@ -95,6 +95,19 @@ def test_groups_stand_apart(tmp_path):
     assert "--model lstm-200 --fine-tune 2`" in text
 
 
+def test_remarks_follow_their_task(tmp_path):
+    """What ``TASK/remarks.md`` says stands once, behind the task's last table, and nowhere else."""
+    (tmp_path / "records" / "ptb").mkdir(parents=True)
+    (tmp_path / "records" / "ptb" / "remarks.md").write_text("A reason.\n")
+    said = results.remarks([tmp_path / "records"])
+    both = [*RECORDS, of("fp32", 90.0, model="lstm-650"), of("fp32", 95.0, task="digits")]
+    results.write_page(both, tmp_path / "results.md", said)
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("A reason.") == 1
+    assert text.index("## ptb: lstm-650") < text.index("A reason.")
+    assert text.index("## digits") < text.index("A reason.")
+
+
 def test_the_same_records_give_the_same_files(tmp_path):
     """Page and figures are equal byte for byte, so that a change in them is a change in the records."""
     first = [path.read_bytes() for path in results.write_page(RECORDS, tmp_path / "a" / "results.md")]

@@ -18,7 +18,7 @@ from . import tasks
 from .compare import Comparison, Summary, summarize
 from .record import Record, RecordError, read
 
-__all__ = ["PAPER", "Published", "gather", "write_page"]
+__all__ = ["PAPER", "Published", "gather", "remarks", "write_page"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,23 @@ def gather(paths: Sequence[Path]) -> list[Record]:
     return found
 
 
-def write_page(records: Sequence[Record], path: Path) -> list[Path]:
+def remarks(paths: Sequence[Path]) -> dict[str, str]:
+    """What people found out about results: the text of ``TASK/remarks.md`` in any of the folders, by task.
+
+    Args:
+        paths: files and folders, as for `gather`; files have no remarks.
+    """
+    found = [file for path in paths if path.is_dir() for file in sorted(path.rglob("remarks.md"))]
+    return {file.resolve().parent.name: file.read_text(encoding="utf-8").strip() for file in found}
+
+
+def write_page(records: Sequence[Record], path: Path, said: Mapping[str, str] = MappingProxyType({})) -> list[Path]:
     """Writes the page, and a figure for each group of records beside it.
 
     Args:
         records: of any tasks, networks and sizes; those of tasks that this version does not know are left out.
         path: the Markdown file; figures go to the folder ``results`` beside it.
+        said: by task, Markdown that follows the task's last table, see `remarks`.
 
     Returns:
         The files written.
@@ -128,6 +139,8 @@ def write_page(records: Sequence[Record], path: Path) -> list[Path]:
         _draw(group, figure)
         written.append(figure)
         parts.append(_section(group, f"results/{figure.name}"))
+        if group.task in said and group is [g for g in groups if g.task == group.task][-1]:
+            parts.append(f"{said[group.task]}\n")
     path.write_text("\n".join(parts), encoding="utf-8")
     return written
 
