@@ -93,8 +93,25 @@ def test_masks_are_stretches():
     assert set(masked.unique().tolist()) == {0.0, 1.0}
     whole_frames, whole_bands = (masked.sum(2) == 0), (masked.sum(1) == 0)
     assert torch.equal(masked == 0, whole_frames[:, :, None] | whole_bands[:, None, :])
-    assert 0 < whole_frames.sum(1).max() <= 18
+    assert 0 < whole_frames.sum(1).max() <= 20
     assert 0 < whole_bands.sum(1).max() <= 14
+
+
+def test_masks_cover_stacked_frames():
+    """Of frames that are stacked a mask takes whole stacks of time, or the same bands of all that are stacked."""
+    x_NTSM = torch.ones(50, 60, 4, BANDS)
+    masked = mask_bands(x_NTSM.flatten(2), torch.Generator().manual_seed(0), stack=4, time=20, bands=8)
+    masked_NTSM = masked.view_as(x_NTSM)
+    whole_frames, whole_bands = (masked.sum(2) == 0), (masked_NTSM.sum((1, 2)) == 0)
+    assert torch.equal(masked_NTSM == 0, whole_frames[:, :, None, None] | whole_bands[:, None, None, :])
+    assert 0 < whole_frames.sum(1).max() <= 10
+    assert 0 < whole_bands.sum(1).max() <= 14
+
+
+def test_a_stack_divides_a_frame():
+    """A stack that frames cannot be made of is refused."""
+    with pytest.raises(HalfbyteError, match="stack=3 must divide"):
+        mask_bands(torch.ones(1, 5, 10), torch.Generator(), stack=3)
 
 
 def test_networks_have_the_parameters_they_say():

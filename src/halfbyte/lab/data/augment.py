@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import HalfbyteError
+
 __all__ = ["mask_bands", "pad_crop_flip"]
 
 
@@ -28,26 +30,31 @@ def pad_crop_flip(images_NCHW: Tensor, generator: torch.Generator, *, padding: i
     return found_NHWC.permute(0, 3, 1, 2).contiguous()
 
 
-def mask_bands(frames_NTF: Tensor, generator: torch.Generator, *, time: int = 10, bands: int = 8) -> Tensor:
+def mask_bands(
+    frames_NTF: Tensor, generator: torch.Generator, *, stack: int = 1, time: int = 20, bands: int = 8
+) -> Tensor:
     """Zeros in two stretches of time and two of frequency in each utterance, of random place and width.
 
     Zero is the mean of every band. (Park et al., SpecAugment, arXiv 1904.08779, without its warping of time.)
 
     Args:
-        frames_NTF: a batch.
+        frames_NTF: a batch, each frame made of ``stack`` successive ones with the same bands.
         generator: decides, on the CPU.
-        time: frames of the longest stretch of time, less one; never more than a fifth of an utterance.
+        stack: how many frames one is made of; a mask of time covers whole stacks, one of frequency all in a stack.
+        time: frames, before stacking, of the longest stretch of time; never more than a fifth of an utterance.
         bands: bands of the widest stretch of frequency, less one.
     """
     count, frames, width = frames_NTF.shape
-    keep = torch.ones(count, frames, width, dtype=torch.bool)
+    if width % stack:
+        raise HalfbyteError(f"Frames of {width} numbers were given; stack={stack} must divide that.")
+    keep_NTSM = torch.ones(count, frames, stack, width // stack, dtype=torch.bool)
     for length, longest, shape in (
-        (frames, min(time, frames // 5 + 1), (count, -1, 1)),
-        (width, bands, (count, 1, -1)),
+        (frames, min(time // stack, frames // 5) + 1, (count, -1, 1, 1)),
+        (width // stack, bands, (count, 1, 1, -1)),
     ):
         for _ in range(2):
             size = torch.randint(longest, (count, 1), generator=generator)
             start = (torch.rand(count, 1, generator=generator) * (length - size + 1)).long()
             place = torch.arange(length)
-            keep &= ~((place >= start) & (place < start + size)).view(shape)
-    return frames_NTF * keep
+            keep_NTSM &= ~((place >= start) & (place < start + size)).view(shape)
+    return frames_NTF * keep_NTSM.view(count, frames, width)

@@ -14,7 +14,7 @@ import tarfile
 import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -110,7 +110,7 @@ def an4(folder: Path | None, stack: int = 1) -> Utterances:
                 for name, line in zip(names, lines, strict=True)
             ],
             pads=(0.0, BLANK),
-            augment=mask_bands if part == "train" else None,
+            augment=partial(mask_bands, stack=stack) if part == "train" else None,
         )
     return Utterances(train=sides["train"], test=sides["test"], symbols=len(CHARACTERS), bands=BANDS * stack)
 
