@@ -103,7 +103,8 @@ def test_masks_cover_stacked_frames():
     masked = mask_bands(x_NTSM.flatten(2), torch.Generator().manual_seed(0), stack=4, time=20, bands=8)
     masked_NTSM = masked.view_as(x_NTSM)
     whole_frames, whole_bands = (masked.sum(2) == 0), (masked_NTSM.sum((1, 2)) == 0)
-    assert torch.equal(masked_NTSM == 0, whole_frames[:, :, None, None] | whole_bands[:, None, None, :])
+    expected = whole_frames[:, :, None, None] | whole_bands[:, None, None, :]
+    assert torch.equal(masked_NTSM == 0, expected.expand_as(masked_NTSM))
     assert 0 < whole_frames.sum(1).max() <= 10
     assert 0 < whole_bands.sum(1).max() <= 14
 
