@@ -40,6 +40,22 @@ FLOORS = {
     "convert": 7,
     "watching": 7,
     "probes": 8,
+    "hardware": 9,
+    "hardware.constants": 1,
+    "hardware.cycles": 1,
+    "hardware.units": 1,
+    "hardware.workload": 1,
+    "hardware.machine": 2,
+    "hardware.rtl": 2,
+    "hardware.presets": 3,
+    "hardware.mapping": 3,
+    "hardware.synthesis": 4,
+    "hardware.model": 4,
+    "hardware.density": 4,
+    "hardware.waterfall": 5,
+    "hardware.tracing": 8,
+    "hardware.networks": 8,
+    "hardware.command": 9,
     "lab.tasks": 7,
     "lab.callbacks": 9,
     "lab.compare": 9,
@@ -59,7 +75,21 @@ FLOORS = {
     "listing": 10,
     "picture": 10,
 }
-TORCH_FREE = ("errors", "formats", "oracle")
+TORCH_FREE = (
+    "errors",
+    "formats",
+    "oracle",
+    "hardware.constants",
+    "hardware.cycles",
+    "hardware.density",
+    "hardware.machine",
+    "hardware.mapping",
+    "hardware.model",
+    "hardware.presets",
+    "hardware.units",
+    "hardware.waterfall",
+    "hardware.workload",
+)
 MAX_LINES = 400
 MAX_PUBLIC_NAMES = 35
 
