@@ -4,7 +4,8 @@ He et al., Deep Residual Learning for Image Recognition, CVPR 2016. ResNet-20 an
 (section 4.2): three stages of 16, 32 and 64 channels, shortcuts without parameters (option A). ResNet-18, 50 and 101
 are its networks for ImageNet (Table 1), by default in the form that is usual for CIFAR
 (github.com/kuangliu/pytorch-cifar): a 3x3 convolution of stride 1 in the place of the 7x7 one and the pooling after it.
-Where a bottleneck block halves the image, its 3x3 convolution does, as is usual now, and not its first one.
+Where a bottleneck block halves the image, its 3x3 convolution does, as is usual now ("v1.5"), unless the paper's own
+form ("v1", its first convolution) is asked for.
 
 Dimensions: N batch, C channels, H and W height and width (32 and 32), K classes.
 """
@@ -12,6 +13,7 @@ Dimensions: N batch, C channels, H and W height and width (32 and 32), K classes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from ...errors import HalfbyteError, UnknownNameError
 __all__ = ["ResNet", "resnet18", "resnet20", "resnet32", "resnet50", "resnet101"]
 
 Stem = Literal["cifar", "imagenet"]
+Halving = Literal["conv1", "conv2"]
 
 
 class _Pad(nn.Module):
@@ -61,13 +64,14 @@ class _Block(nn.Module):
 class _Bottleneck(nn.Module):
     """Narrowed to a quarter by a 1x1 convolution, a 3x3 one, widened by another 1x1 one, and a shortcut around all."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, projected: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, *, projected: bool, halving: Halving = "conv2") -> None:
         super().__init__()
         inner = outputs // 4
-        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
+        first, second = (stride, 1) if halving == "conv1" else (1, stride)
+        self.conv1 = nn.Conv2d(inputs, inner, 1, first, bias=False)
         self.norm1 = nn.BatchNorm2d(inner)
         self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(inner, inner, 3, second, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(inner)
         self.relu2 = nn.ReLU()
         self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
@@ -105,6 +109,7 @@ class ResNet(nn.Sequential):
         bottleneck: bool = False,
         classes: int = 10,
         stem: Stem = "cifar",
+        halving: Halving = "conv2",
     ) -> None:
         """Fresh weights from torch's global generator, convolutions as in He et al., ICCV 2015 (fan out).
 
@@ -116,11 +121,12 @@ class ResNet(nn.Sequential):
             bottleneck: whether a block is a 3x3 convolution between two of 1x1, of a quarter of its channels.
             classes: K.
             stem: ``"cifar"``, a 3x3 convolution, or ``"imagenet"``, a 7x7 one of stride 2 and pooling that halves.
+            halving: which convolution of a bottleneck has the stride of 2; of other blocks the first always has.
 
         Raises:
             HalfbyteError: if there is no stage, a stage has no number of blocks, or a size is below 1 (4 for the widths
                 of bottlenecks).
-            UnknownNameError: if there is no such stem.
+            UnknownNameError: if there is no such stem or no such convolution.
         """
         narrowing = 4 if bottleneck else 1
         if not widths or len(widths) != len(blocks) or min(*blocks, classes, min(widths) // narrowing) < 1:
@@ -130,6 +136,12 @@ class ResNet(nn.Sequential):
             )
         if stem not in ("cifar", "imagenet"):
             raise UnknownNameError("stem", stem, ("cifar", "imagenet"))
+        if halving not in ("conv1", "conv2"):
+            raise UnknownNameError("halving convolution", halving, ("conv1", "conv2"))
+        if halving == "conv1" and not bottleneck:
+            raise HalfbyteError(
+                "halving='conv1' was asked for without bottlenecks, where it says nothing. Leave it out."
+            )
         super().__init__()
         inputs = widths[0] // narrowing
         kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
@@ -137,7 +149,7 @@ class ResNet(nn.Sequential):
         self.stem = nn.Sequential(convolution, nn.BatchNorm2d(inputs), nn.ReLU())
         if stem == "imagenet":
             self.stem.append(nn.MaxPool2d(3, stride=2, padding=1))
-        block = _Bottleneck if bottleneck else _Block
+        block = partial(_Bottleneck, halving=halving) if bottleneck else _Block
         for number, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             stage = nn.Sequential()
             for place in range(count):
@@ -180,13 +192,18 @@ def resnet32(classes: int = 10) -> ResNet:
     return ResNet((16, 32, 64), (5, 5, 5), projected=False, classes=classes)
 
 
-def resnet50(classes: int = 10, *, stem: Stem = "cifar") -> ResNet:
+def resnet50(classes: int = 10, *, stem: Stem = "cifar", halving: Halving = "conv2") -> ResNet:
     """Stages of 256, 512, 1,024 and 2,048 channels; 3, 4, 6 and 3 bottleneck blocks.
+
+    Args:
+        classes: K.
+        stem: see `ResNet`.
+        halving: see `ResNet`.
 
     Returns:
         As for `resnet18`. 23,520,842 parameters for ten classes; 25,557,032 for ImageNet's thousand and its stem.
     """
-    return _deep((3, 4, 6, 3), classes, stem)
+    return _deep((3, 4, 6, 3), classes, stem, halving)
 
 
 def resnet101(classes: int = 10, *, stem: Stem = "cifar") -> ResNet:
@@ -198,7 +215,7 @@ def resnet101(classes: int = 10, *, stem: Stem = "cifar") -> ResNet:
     return _deep((3, 4, 23, 3), classes, stem)
 
 
-def _deep(blocks: Sequence[int], classes: int, stem: Stem) -> ResNet:
+def _deep(blocks: Sequence[int], classes: int, stem: Stem, halving: Halving = "conv2") -> ResNet:
     """A network of bottleneck blocks."""
     widths = (256, 512, 1024, 2048)
-    return ResNet(widths, blocks, projected=True, bottleneck=True, classes=classes, stem=stem)
+    return ResNet(widths, blocks, projected=True, bottleneck=True, classes=classes, stem=stem, halving=halving)
