@@ -1,4 +1,4 @@
-"""Commands that measure: ``bench``."""
+"""Commands that measure this machine or model another: ``bench`` and ``hw``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from .app import app, examples, typer
 
-__all__ = ["bench"]
+__all__ = ["bench", "hw"]
 
 
 @app.command(
@@ -35,3 +35,54 @@ def bench(
     from ..bench.command import command
 
     raise typer.Exit(command(quick=quick, json_file=json_file, only=only, threads=threads))
+
+
+@app.command(
+    epilog=examples(
+        "halfbyte hw resnet50 --recipe ibm2020 --compare fp16",
+        "halfbyte hw ptb --recipe ibm2020_dw_fp8 --preset tpu_like --json ptb.json",
+        "halfbyte hw mynetworks:make --input 3,224,224 --batch 32 --recipe luq",
+    )
+)
+def hw(
+    network: Annotated[
+        str, typer.Argument(help="A network (resnet50, lstm-650, ...), a task, or module:function of your own.")
+    ],
+    recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes; fp16 as well")],
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="The machine: isoarea (by our own areas), rapid4, rapid128, ibm14, tpu_like, ..."
+        ),
+    ] = "isoarea",
+    compare: Annotated[str | None, typer.Option(help="A recipe to compare with: fp16.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples in the step.")] = None,
+    shape: Annotated[
+        str | None, typer.Option("--input", help="Shape of an input of module:function, without the batch.")
+    ] = None,
+    unfused: Annotated[bool, typer.Option("--unfused", help="All that is no product reads and writes memory.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    scalesim: Annotated[
+        Path | None, typer.Option(help="Write the GEMMs to this file, as a topology for SCALE-Sim.")
+    ] = None,
+) -> None:
+    """Model one training step on an accelerator: cycles, bytes and energy, layer by layer.
+
+    Nothing is trained and no data are read. With --compare it shows what is left of the multipliers' speed once layers
+    in high precision, the array's shape, vector work and memory have had their share.
+    """
+    from ..hardware.command import command
+
+    raise typer.Exit(
+        command(
+            network,
+            recipe=recipe,
+            machine=preset,
+            compare=compare,
+            batch=batch,
+            shape=shape,
+            fused=not unfused,
+            json_file=json_file,
+            scalesim=scalesim,
+        )
+    )
