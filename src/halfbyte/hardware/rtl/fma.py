@@ -83,8 +83,8 @@ def multiply_add(
     aligned, sticky = align(m, significand_c, shift, width, "addend")
     sign_ab = sign_a ^ sign_b
     subtract = wire(m, "subtract", sign_ab ^ sign_c)
-    # P + ~C = P - C - 1: with a carry out, one is missing (unless C had a tail, which makes up for it); without a
-    # carry, its inverse is C - P.
+    # P + ~C = P - C - 1: with a carry out, one is missing (unless C had a tail, which makes up for it: the number then
+    # lies strictly between the word and the word plus one); without a carry, its inverse is C - P.
     total = Signal(width + 1, name="total")
     m.d.comb += total.eq(Cat(C(0, tail), product) + (aligned ^ subtract.replicate(width)))
     flip = wire(m, "flip", subtract & ~total[-1])
