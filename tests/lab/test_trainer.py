@@ -402,3 +402,12 @@ def test_saved_bytes_of_fp32_by_hand():
     done = train("digits", "fp32", 0, size="smoke", model="mlp")
     # Each ReLU's output is the next layer's input: one storage. Linear 1 keeps (64, 64), the other two (64, 256).
     assert done.saved_bytes == 4 * 64 * (64 + 256 + 256)
+
+
+def test_the_commit_is_that_of_the_start(monkeypatch, tmp_path):
+    """A record names the commit that the run began at, though the folder has moved on when it ends."""
+    asked = iter(range(100))
+    monkeypatch.setattr(record, "commit", lambda: {"revision": f"commit {next(asked)}", "dirty": False})
+    found = train("digits", "fp32", 0, size="smoke", model="mlp", out_dir=tmp_path / "run")
+    assert found.commit["revision"] == "commit 0"
+    assert next(asked) == 1

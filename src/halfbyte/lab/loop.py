@@ -75,6 +75,7 @@ class Loop:
                 f"stash={run.stash!r} was asked for with fsdp2, under which it would round the weights that are lent "
                 "to a layer. Leave one of the two out: ddp takes a stash."
             )
+        self.commit = record.commit()  # asked at the start: the folder may move on meanwhile
         self.task = tasks.get(run.task)
         self.settings = self.task.settings(run.size)
         self.data = self.task.load_for(data_dir, self.settings)
@@ -376,7 +377,7 @@ class Loop:
             fine_tune=run.fine_tune,
             stash=run.stash,
             conventions=run.identity["conventions"],
-            commit=record.commit(),
+            commit=self.commit,
             sources_sha256=at.sources,
             versions=record.versions(),
             machine=record.machine(accelerator, kernels.describe(self.backend)) | ranks.described(self.strategy),
