@@ -27,7 +27,7 @@ from halfbyte.hardware.workload import Workload
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "hardware.md"
 FIGURES = PAGE.with_suffix("")
 STEPS = ("resnet50", "resnet18", "transformer-base", "lstm-650")
-MACHINES = ("isoarea", "rapid4")
+MACHINES = ("isoarea", "isoarea_mixed", "rapid4")
 
 
 @cache
@@ -93,7 +93,7 @@ def waterfall_table() -> str:
     """What is left of the speed, stage by stage."""
     parts = []
     for machine in MACHINES:
-        head = [machine_of(machine, fused=True).name, *(f"{network}" for network in STEPS)]
+        head = [f"`{machine}`", *STEPS]
         found = [stages(network, machine) for network in STEPS]
         rows = [
             [f"{name}: {what}", *(f"{one[name].speedup:.2f} ({one[name].energy_ratio:.2f})" for one in found)]

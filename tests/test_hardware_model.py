@@ -72,17 +72,21 @@ gemms = st.builds(
         ("int4", "int4", "int4"),
         ("uint4", "int4", "int4"),
         ("fp4_e3m0_r4", "int4", "fp4"),
-        ("fp4_e2m1", "fp4_e2m1", "fp4"),
+        ("fp4_e3m0", "uint4", "fp4"),
+        ("fp4_e2m1", "fp4_e2m1", "fp8"),
+        ("fp4_e2m1", "int4", "fp8"),
+        ("fp4_e3m0_r4", "fp4_e3m0_r4", "fp8"),
         ("int8", "int4", "int8"),
         ("fp8_e5m2", "int4", "fp8"),
-        ("fp8_e4m3", "int8", "fp8"),
+        ("fp8_e4m3", "int8", "fp16"),
+        ("fp4_e3m0_r4", "int8", "fp16"),
         ("fp16", "int4", "fp16"),
         ("bf16", "fp8_e4m3", "fp16"),
         ("fp32", "fp16", "fp32"),
     ],
 )
 def test_precision_of_a_pair(a, b, expected):
-    """The wider operand decides the class of multipliers, whichever stands first; two integers need no exponent."""
+    """A product runs on the narrowest unit that holds both, whichever stands first; the shifter takes no mantissa."""
     assert precision_of(a, b) == precision_of(b, a) == expected
 
 

@@ -16,7 +16,6 @@ from halfbyte.hardware.constants import (
     ENERGY_TABLES,
     EYERISS,
     HOROWITZ_45NM,
-    HOROWITZ_AREAS,
     JOUPPI_7NM,
     MAC_RATIOS,
     PRECISIONS,
@@ -190,11 +189,10 @@ def test_published_energies():
 
 
 def test_narrow_energies_are_ratios_to_fp16():
-    """A four-bit multiply-accumulate takes the FP16 one's energy by the measured ratio: INT4 x FP4 0.50 pJ / 8.9."""
-    assert JOUPPI_7NM.macs["fp4"].value == pytest.approx(0.50 / 8.9)
-    assert HOROWITZ_45NM.macs["int4"].value == pytest.approx(1.5 / 8.8)
-    # A rounder that works every cycle adds (453 - 355) fJ to each of four MACs, beside the 3145 fJ of an FP16 unit.
-    assert JOUPPI_7NM.rounding.value == pytest.approx(0.50 * 4 * (453 - 355) / 3145)
+    """A four-bit multiply-accumulate takes the FP16 one's energy by the measured ratio: INT4 x FP4 0.50 pJ / 8.25."""
+    assert JOUPPI_7NM.macs["fp4"].value == pytest.approx(0.50 / 8.25)
+    assert HOROWITZ_45NM.macs["int4"].value == pytest.approx(1.5 / 7.30)
+    assert JOUPPI_7NM.rounding.value == pytest.approx(0.50 / 7.91)
     changed = JOUPPI_7NM.with_ratios({"fp4": RATIO})
     assert changed.macs["fp4"].value == 0.50 / 4
     assert changed.macs["int4"] == JOUPPI_7NM.macs["int4"]
@@ -226,10 +224,23 @@ def test_an_sram_access_costs_what_the_next_larger_memory_does(size, pj):
     assert JOUPPI_7NM.sram_pj_per_byte(size).value == pj / 8
 
 
-def test_areas_of_horowitz():
-    """The INT8 multiplier takes 282 square micrometers at 45 nm, which a synthesized one can be held against."""
-    assert HOROWITZ_AREAS["int8_mul"].value == 282
-    assert HOROWITZ_AREAS["int8_mul"].unit == "um2"
+def test_ratios_are_those_of_the_synthesis():
+    """The energy ratios are what the committed synthesis measured, to the digits given: FP16 over each unit.
+
+    FP8 on both kinds of data, INT4 on forward data, FP4 on gradients; a rounder serves four multiply-accumulates.
+    """
+    units = load_units()
+
+    def fj(name, *kinds):
+        return sum(units[name].energy_fj_per_mac[kind] for kind in kinds)
+
+    fp16 = fj("fma_fp16", "bwd")
+    rounder = 4 * (fj("dot4_fp4_round", "bwd") - fj("dot4_fp4", "bwd"))
+    assert round(fj("fma_fp16", "fwd", "bwd") / fj("fma_fp8_dlf16", "fwd", "bwd"), 2) == MAC_RATIOS["fp8"].value
+    assert round(fj("fma_fp16", "fwd") / fj("dot4_int4", "fwd"), 2) == MAC_RATIOS["int4"].value
+    assert round(fp16 / fj("dot4_fp4", "bwd"), 2) == MAC_RATIOS["fp4"].value
+    table = JOUPPI_7NM
+    assert table.macs["fp16"].value / table.rounding.value == pytest.approx(round(fp16 / rounder, 2))
 
 
 @pytest.mark.parametrize("table", ENERGY_TABLES.values(), ids=ENERGY_TABLES)

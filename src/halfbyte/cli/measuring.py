@@ -51,9 +51,9 @@ def hw(
     recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes; fp16 as well")],
     preset: Annotated[
         str,
-        typer.Option(help="The machine: isoarea (by our own areas), rapid4, rapid128, ibm14, tpu_like, ..."),
+        typer.Option(help="The machine: isoarea, isoarea_mixed (by our areas), rapid4, tpu_like, ..."),
     ] = "isoarea",
-    compare: Annotated[str | None, typer.Option(help="A recipe to compare with: fp16.")] = None,
+    compare: Annotated[str | None, typer.Option(help="A recipe to compare with, usually fp16.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Samples in the step.")] = None,
     shape: Annotated[
         str | None, typer.Option("--input", help="Shape of an input of module:function, without the batch.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import HalfbyteError
+from ..errors import HalfbyteError, UnknownNameError
 from .density import PAPER_RATES, Fig6c, Rates, definitions, fig6c
 from .machine import Machine
 from .model import Estimate, Totals, estimate
 from .networks import NETWORKS, Example, find
-from .presets import isoarea, preset
+from .presets import MIXED_ENGINE, PAPER_ENGINE, PRESETS, isoarea
 from .tracing import trace
 from .units import load_units
 from .waterfall import Sensitivity, Waterfall, sensitivity, waterfall
@@ -42,21 +42,40 @@ def model_step(example: Example, recipe: str, batch: int | None = None, *, name:
         recipe: name of a recipe, or ``"fp16"``.
         batch: samples; None for the example's own.
         name: of the workload.
+
+    Raises:
+        HalfbyteError: if the network does not take the inputs, or cannot be traced.
     """
     count = example.batch if batch is None else batch
     with torch.device("meta"):
         network = example.network()
-    return trace(network, example.inputs(count), recipe, name=name, batch=count)
+    try:
+        return trace(network, example.inputs(count), recipe, name=name, batch=count)
+    except RuntimeError as error:
+        # Of its own networks it is ours; of another's, most often a shape that does not fit.
+        if name in NETWORKS or isinstance(error, HalfbyteError):
+            raise
+        raise HalfbyteError(
+            f"{name} does not take {count} inputs of the shape given with --input ({str(error).splitlines()[0]}). Give "
+            "the shape of one input without the batch; the network must take one floating tensor."
+        ) from error
 
 
 def machine_of(name: str, *, fused: bool) -> Machine:
-    """A preset by name; ``isoarea`` is that of our own synthesis.
+    """A preset by name; ``isoarea`` and ``isoarea_mixed`` are those of our own synthesis.
 
     Raises:
         UnknownNameError: if there is no such preset.
     """
-    chosen = isoarea() if name == "isoarea" else preset(name)
+    engines = {"isoarea": PAPER_ENGINE, "isoarea_mixed": MIXED_ENGINE}
+    chosen = isoarea(engine=engines[name]) if name in engines else _preset(name, engines)
     return dataclasses.replace(chosen, fused=fused)
+
+
+def _preset(name: str, more: Iterable[str]) -> Machine:
+    if name not in PRESETS:
+        raise UnknownNameError("machine", name, [*more, *PRESETS])
+    return PRESETS[name]
 
 
 def command(
@@ -93,7 +112,10 @@ def command(
     example, chosen = find(network, shape), machine_of(machine, fused=fused)
     if compare == recipe:
         raise HalfbyteError(f"--compare {compare} was given with --recipe {recipe}; compare two different ones.")
+    if json_file is not None and json_file.is_dir():
+        raise HalfbyteError(f"--json {json_file} is a folder. Name a file.")
     step = model_step(example, recipe, batch, name=network)
+    baseline = None if compare is None else model_step(example, compare, batch, name=network)
     found = estimate(step, chosen)
     console = Console()
     if not console.is_terminal:
@@ -101,15 +123,14 @@ def command(
     console.print(_heading(example, found))
     console.print(_layers(found))
     content: dict[str, Any] = {"estimate": found.to_json(), "layers": _layer_rows(found)}
-    if compare is not None:
-        baseline = model_step(example, compare, batch, name=network)
+    if baseline is not None:
         stages = waterfall(step, baseline, chosen)
         console.print(_stages(stages))
         needed = sensitivity(step, baseline, chosen)
         console.print(_needed(needed))
         content |= {"baseline": estimate(baseline, chosen).to_json(), "sensitivity": needed.to_json()}
         content["waterfall"] = [{"stage": stage.name} | stage.to_json() for stage in stages.stages]
-    if network.startswith("resnet50"):
+    if network in ("resnet50", "resnet50-v1"):
         bars = figure_6c()
         console.print(_bars(bars))
         content["fig6c"] = bars[0].to_json()["fig6c"]

@@ -178,19 +178,19 @@ def _per_byte(access: Constant, size: int = 8) -> Constant:
     return derived(access.value / size, "pJ/B", access.node, how, access)
 
 
-_TOGGLES = "toggles counted on the mapped netlists of an FP16 unit and of this one, same data, no glitches or wires"
+_TOGGLES = "own synthesis, ./dev synth: toggles of the netlists on drawn operands, no glitches or wires"
 
 MAC_RATIOS: Mapping[str, Constant] = MappingProxyType(
     {
-        "fp8": Constant(2.33, "1", "45 nm", f"FP8 (1-5-3) to DLFloat16; {_TOGGLES}", "verified"),
-        "int4": Constant(8.8, "1", "45 nm", f"4-way INT4 x INT4; {_TOGGLES}", "verified"),
-        "fp4": Constant(8.9, "1", "45 nm", f"4-way INT4 x radix-4 FP4; {_TOGGLES}", "verified"),
+        "fp8": Constant(2.13, "1", "unit gates", f"fma_fp16 / fma_fp8_dlf16, mean of both data; {_TOGGLES}", "derived"),
+        "int4": Constant(7.30, "1", "unit gates", f"fma_fp16 / dot4_int4, forward data; {_TOGGLES}", "derived"),
+        "fp4": Constant(8.25, "1", "unit gates", f"fma_fp16 / dot4_fp4, gradients; {_TOGGLES}", "derived"),
     }
 )
-"""How many times less a narrow multiply-accumulate takes than an FP16 one, measured on a first prototype."""
+"""How many times less a narrow multiply-accumulate takes than an FP16 one."""
 
-# 453 - 355 fJ a MAC with and without a rounder that works every cycle, four MACs wide; the FP16 unit takes 3145 fJ.
-_ROUNDING = Constant(3145 / (4 * (453 - 355)), "1", "45 nm", f"INT24 to FP16 rounder; {_TOGGLES}", "verified")
+# A rounder works once for four MACs: 4 x (dot4_fp4_round - dot4_fp4) = 4 x (77.59 - 61.54) fJ; fma_fp16 takes 507.92.
+_ROUNDING = Constant(7.91, "1", "unit gates", f"fma_fp16 / 4 x (dot4_fp4_round - dot4_fp4); {_TOGGLES}", "derived")
 
 
 def _table(
@@ -229,12 +229,6 @@ HOROWITZ_OPERATIONS: Mapping[str, Constant] = MappingProxyType(
 )
 """Single operations at 45 nm and 0.9 V, in pJ."""
 
-HOROWITZ_AREAS: Mapping[str, Constant] = MappingProxyType(
-    _at("45 nm", _HOROWITZ, "secondary", unit="um2", int8_add=36, int8_mul=282, fp16_add=1360, fp16_mul=1640)
-    | _at("45 nm", _HOROWITZ, "assumed", unit="um2", int32_add=137, int32_mul=3495, fp32_add=4184, fp32_mul=7700)
-)
-"""Areas of the same operations, in square micrometers: what a synthesized multiplier is compared with."""
-
 JOUPPI_OPERATIONS: Mapping[str, Constant] = MappingProxyType(
     _at("7 nm", _JOUPPI, "secondary", int8_add=0.007, int32_add=0.03, int8_mul=0.07, fp16_mul=0.34, fp32_mul=1.31)
     | _at("7 nm", _JOUPPI, "assumed", bf16_add=0.11, fp16_add=0.16, fp32_add=0.38, int32_mul=1.48, bf16_mul=0.21)
@@ -260,7 +254,7 @@ HOROWITZ_45NM = _table(
     _memory("45 nm", _HOROWITZ, k8=10, k32=20, k1024=100),
     {"ddr3": _per_byte(Constant(640, "pJ", "45 nm", f"32-bit DRAM access; {_HOROWITZ}", "secondary"), 4)},
 )
-"""45 nm, 0.9 V: the node of the synthesis that counted the ratios."""
+"""45 nm, 0.9 V: a second opinion, at another node."""
 
 JOUPPI_7NM = _table(
     "jouppi7",

@@ -61,6 +61,10 @@ class Placement:
 def precision_of(a_format: str, b_format: str) -> str:
     """The narrowest class of multipliers that can multiply two formats exactly: one of `constants.PRECISIONS`.
 
+    ``"fp4"`` is the unit that shifts a 4-bit integer by the exponent of a 4-bit float, so that float has no mantissa
+    and the other number is an integer. ``"fp8"`` is IBM's HFP8 unit, whose significands have four bits (1-5-3 inside):
+    it holds every 4-bit format and FP8. 16-bit floats share a price.
+
     Raises:
         UnknownNameError: if a format does not exist.
         SpecError: if one is wider than 32 bits.
@@ -70,10 +74,14 @@ def precision_of(a_format: str, b_format: str) -> str:
         raise SpecError(f"A product of {a_format} and {b_format} was asked for; the model prices up to 32 bits.")
     if bits > 8:
         return "fp16" if bits <= 16 else "fp32"
-    integers = all(FORMATS[fmt].kind == "int" for fmt in (a_format, b_format))
-    if bits > 4:
-        return "int8" if integers else "fp8"
-    return "int4" if integers else "fp4"
+    first, second = FORMATS[a_format], FORMATS[b_format]
+    integers = sum(fmt.kind == "int" for fmt in (first, second))
+    if integers == 2:
+        return "int4" if bits <= 4 else "int8"
+    if any(fmt.kind == "int" and fmt.bits > 4 for fmt in (first, second)):
+        return "fp16"  # eight bits of an integer do not fit into FP8's significand of four
+    powers = any(name.startswith("fp4_e3m0") for name in (a_format, b_format))
+    return "fp4" if bits <= 4 and integers == 1 and powers else "fp8"
 
 
 def bytes_of(elements: int, fmt: str) -> int:

@@ -195,11 +195,22 @@ def _function(name: str) -> Callable[[], nn.Module]:
         sys.path.insert(0, here)
     try:
         made = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise HalfbyteError(
             f"{name!r} was asked for and cannot be had ({error}). Name a module that Python finds from here and a "
             "function in it that takes nothing and returns a network."
         ) from error
     if not callable(made):
         raise HalfbyteError(f"{name!r} is a {type(made).__name__}; a function that returns a network is possible.")
-    return made  # type: ignore[no-any-return]
+    return partial(_made, name, made)
+
+
+def _made(name: str, function: Callable[[], object]) -> nn.Module:
+    """What a function of somebody else's returns."""
+    try:
+        network = function()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise HalfbyteError(f"{name}() made no network ({error}). It is called without arguments.") from error
+    if not isinstance(network, nn.Module):
+        raise HalfbyteError(f"{name}() returned a {type(network).__name__}; a torch.nn.Module is possible.")
+    return network

@@ -26,7 +26,7 @@ from .cycles import Array
 from .machine import Machine, unit_of
 from .units import UnitCost, load_units
 
-__all__ = ["PAPER_ENGINE", "PRESETS", "isoarea", "preset"]
+__all__ = ["MIXED_ENGINE", "PAPER_ENGINE", "PRESETS", "isoarea", "preset"]
 
 
 def _machine(
@@ -201,6 +201,11 @@ PAPER_ENGINE: Mapping[str, str] = MappingProxyType(
     {"fp16": "fma_fp16", "fp8": "fma_fp8_dlf16", "int4": "dot4_fp4", "fp4": "dot4_fp4"}
 )
 """Which unit does which precision, as Sun et al. count: the INT4 x FP4 unit is credited with INT4 x INT4, too."""
+
+MIXED_ENGINE: Mapping[str, str] = MappingProxyType(
+    {"fp16": "fma_fp16", "fp8": "fma_fp8_dlf16", "int4": "dot4_mixed", "fp4": "dot4_mixed"}
+)
+"""The same with one unit that really does both four-bit products."""
 
 
 def isoarea(

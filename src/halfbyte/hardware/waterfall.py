@@ -1,6 +1,6 @@
 """From the peak of the multipliers to a whole training step: where the speed of four bits goes, stage by stage.
 
-    peak     every product at its four-bit rate
+    peak     every product at the rate of the recipe's narrowest multipliers
     edges    the first and last layers, and whatever else the recipe keeps wider, at theirs
     tiling   the array's shape: pieces that do not fill it, pipelines that fill and drain, buffers that cannot keep up
     vector   norms, activations, quantizers and the optimizer on the vector lanes
@@ -30,7 +30,7 @@ from .workload import Gemm, Workload, format_bits
 __all__ = ["STAGES", "Point", "Sensitivity", "Stage", "Waterfall", "sensitivity", "waterfall"]
 
 STAGES: dict[str, str] = {
-    "peak": "every product at the peak of its four-bit multipliers",
+    "peak": "every product at the peak of the recipe's narrowest multipliers",
     "edges": "layers that the recipe keeps wider at the peak of theirs",
     "tiling": "the array's shape and the buffers",
     "vector": "norms, activations, quantizers and optimizer on the vector lanes",

@@ -26,9 +26,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--liberty", type=Path, metavar="PATH", help="map to this cell library instead of our own")
     parser.add_argument("--operands", type=Path, metavar="PATH", help="measure energy on the arrays of this .npz file")
     parser.add_argument("--prove", action="store_true", help="check what each netlist computes")
-    parser.add_argument("--vectors", type=int, default=1 << 24, metavar="N", help="operands a proof (default: 2^24)")
+    parser.add_argument(
+        "--vectors", type=int, default=20 << 20, metavar="N", help="operands a proof (default: 20 x 2^20)"
+    )
     parser.add_argument("--write", action="store_true", help="write units.json")
     return parser.parse_args(argv)
+
+
+_LEAST_FOUND = 0.8
+"""Of the netlists with one wrong gate a proof must find that many: some gates make no difference that can be seen."""
 
 
 def _say(line: str) -> None:
@@ -78,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> bool:
         _say(f"{name}: {proof}; {found} of {tried} wrong gates found out; {time.monotonic() - start:.1f} s")
         if proof.example:
             _say(f"  for example {proof.example}")
-        held = held and not proof.mismatches
+        held = held and not proof.mismatches and found >= _LEAST_FOUND * tried
     return held
 
 
