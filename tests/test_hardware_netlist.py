@@ -128,10 +128,47 @@ def test_a_library_needs_a_nand_and_a_flip_flop(tmp_path) -> None:
         "library (x) { cell (INV) { area : 1; pin (A) { direction : input; }"
         ' pin (Y) { direction : output; function : "!A"; } } }'
     )
-    with pytest.raises(HalfbyteError, match=r"has 1 cells .* no two-input NAND"):
+    with pytest.raises(HalfbyteError, match=r"NANDs of the areas \[\]; at least one"):
         liberty.Library.load(path)
     with pytest.raises(HalfbyteError, match="cannot be read"):
         liberty.Library.load(tmp_path / "none.lib")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "text"),
+    [
+        ("area : 0.5;", "area : 0.5um;", "cell INV .*ValueError"),
+        ('values ("0.5, 0.5");', "", "cell INV .*KeyError: 'values'"),
+        ('values ("0.5, 0.5");', 'values ("");', "cell INV .*StatisticsError"),
+        ('clocked_on : "CK";', "", "cell DFF .*KeyError: 'clocked_on'"),
+        ("ff (IQ, IQN)", "ff ()", "cell DFF .*IndexError"),
+        ("cell (INV)", "cell ()", "cell without a name .*IndexError"),
+        ("nom_voltage : 1.0;", "nom_voltage : high;", "nom_voltage of .* is no number"),
+        ("area : 1;", "area : 0;", r"areas \[0.0\]; at least one"),
+    ],
+)
+def test_a_malformed_cell_is_named(tmp_path, right: str, wrong: str, text: str) -> None:
+    """What is wrong in a library is an error that names the cell and what is missing, never a traceback from inside."""
+    path = tmp_path / "bad.lib"
+    source = liberty.UNIT_GATE.read_text()
+    assert right in source
+    path.write_text(source.replace(right, wrong))
+    with pytest.raises(HalfbyteError, match=text):
+        liberty.Library.load(path)
+
+
+def test_a_library_without_a_name_goes_by_its_file(tmp_path) -> None:
+    """`library () {` is read, and called by the name of the file."""
+    path = tmp_path / "unnamed.lib"
+    path.write_text(liberty.UNIT_GATE.read_text().replace("library (unit_gate)", "library ()"))
+    assert liberty.Library.load(path).name == "unnamed"
+
+
+def test_too_short_streams_are_refused() -> None:
+    """Four cycles, or a number of streams that does not fill words, are errors, and no energy is made of them."""
+    for shape in ((4, 64), (9, 63)):
+        with pytest.raises(HalfbyteError, match="more than 4 cycles and a multiple of 64"):
+            toggle_energy(netlist(*COUNTER), {"up": np.zeros(shape, int)})
 
 
 def test_pads_and_latches_are_left_out(tmp_path) -> None:

@@ -356,7 +356,7 @@ def test_isoarea_refuses(engine, message):
 def test_units_are_read(tmp_path):
     """The results of a synthesis are read from their file; a missing or damaged one names `./dev synth`."""
     path = tmp_path / "units.json"
-    with pytest.raises(HalfbyteError, match=r"does not exist\. `\./dev synth`"):
+    with pytest.raises(HalfbyteError, match=r"does not exist\. `\./dev synth --write`"):
         load_units(path)
     row = {"area_ge": 550.5, "macs": 4, "energy_fj_per_mac": {"fwd": 90, "bwd": 110}, "depth": 12, "cells": 300}
     path.write_text(json.dumps({"units": {"dot4_fp4": row, "rounder": {"area_ge": 300, "macs": 0}}}))

@@ -25,7 +25,7 @@ from halfbyte.hardware.synthesis import operands, table
 from halfbyte.hardware.synthesis.evaluate import Evaluator
 from halfbyte.hardware.synthesis.flow import ABC_SCRIPTS, Synthesized, rtlil, synthesize
 from halfbyte.hardware.synthesis.liberty import UNIT_GATE, Library
-from halfbyte.hardware.synthesis.proofs import mutants, prove
+from halfbyte.hardware.synthesis.proofs import Proof, mutants, prove
 from halfbyte.hardware.synthesis.toggles import Energy, toggle_energy
 from halfbyte.hardware.synthesis.yosys import require, run
 
@@ -196,8 +196,17 @@ def test_operands_decide_the_energy(gates: Gates, tmp_path) -> None:
     )
     assert busy.clock == idle.clock
     assert busy.load + busy.cells > 3 * (idle.load + idle.cells)
-    with pytest.raises(HalfbyteError, match=r"cannot be read .*numpy\.savez"):
-        operands.Values.load(UNIT_GATE)
+
+
+def test_operands_that_cannot_be_read_are_one_clear_error(tmp_path) -> None:
+    """Text, a single array, a broken archive, an empty file and an archive that lacks an array are refused alike."""
+    np.save(tmp_path / "one.npy", np.ones(100))
+    np.savez(tmp_path / "two.npz", weights=np.ones(100), gradients=np.ones(100))
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for path in (UNIT_GATE, *sorted(tmp_path.iterdir())):
+        with pytest.raises(HalfbyteError, match=r"cannot be read .*numpy\.savez"):
+            operands.Values.load(path)
 
 
 def test_missing_packages_are_one_clear_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -266,6 +275,16 @@ def test_the_written_file_scales_energy_to_the_anchor(tmp_path) -> None:
     }
     assert document["units"]["round"]["energy_fj_per_mac"] == {}
     assert (document["command"], document["versions"]) == ("the command", table.versions())
+
+
+def test_the_written_file_says_what_was_proven(tmp_path) -> None:
+    """A proven unit's entry holds the vectors, mismatches and wrong gates of its run; the others claim no proof."""
+    proof = Proof(claim="the sum", exhaustive=True, vectors=256, mismatches=0, example=None)
+    table.write(MEASURED, Library.load(), "x", tmp_path / "units.json", proofs={"round": (proof, (19, 20))})
+    rows = json.loads((tmp_path / "units.json").read_text())["units"]
+    told = {"exhaustive": True, "vectors": 256, "mismatches": 0, "mutants": 20, "mutants_found": 19}
+    assert rows["round"]["proof"] == {"claim": "the sum", **told}
+    assert "proof" not in rows["dot4_fp4"]
 
 
 def test_the_table_compares_with_fp16() -> None:

@@ -17,7 +17,7 @@ from ..errors import HalfbyteError, SpecError
 __all__ = ["UNITS_PATH", "UnitCost", "load_units"]
 
 UNITS_PATH = Path(__file__).resolve().parent / "synthesis" / "units.json"
-"""The results that come with the package; ``./dev synth`` makes them anew."""
+"""The results that come with the package; ``./dev synth --write`` makes them anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def load_units(path: str | PathLike[str] = UNITS_PATH) -> dict[str, UnitCost]:
         HalfbyteError: if there is no such file or it is not of this form; both say how to make it.
     """
     where = Path(path)
-    cure = "`./dev synth` synthesizes the units and writes it (it needs `pip install 'halfbyte[hw]'`)."
+    cure = "`./dev synth --write` synthesizes the units and writes it (it needs `pip install 'halfbyte[hw]'`)."
     if not where.is_file():
         raise HalfbyteError(f"There are no results of the synthesis: {where} does not exist. {cure}")
     try:

@@ -62,6 +62,8 @@ def matmul(
     folds = sum(step["last"] for step in steps)
     rows: list[tuple[int, ...]] = []
     counts = {"busy": 0, "clock": 0}
+    # Far more than any run takes: a tile that lost a row must not be waited for.
+    patience = (len(steps) + folds * (tile.rows * len(reluctance) + tile.rows + tile.columns) + 8) * (len(pauses) + 1)
 
     async def source(ctx: Any) -> None:
         for step in steps:
@@ -74,6 +76,7 @@ def matmul(
 
     async def reader(ctx: Any) -> None:
         while len(rows) < folds * tile.rows:
+            assert counts["clock"] < patience, "every fold gives its rows"
             ctx.set(tile.sums.ready, not reluctance[counts["clock"] % len(reluctance)])
             _, _, valid, ready, busy, payload = await ctx.tick().sample(
                 tile.sums.valid, tile.sums.ready, tile.busy, tile.sums.payload

@@ -13,9 +13,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import HalfbyteError, UnknownNameError
 from . import yosys
+
+if TYPE_CHECKING:
+    from .flow import Synthesized
+    from .proofs import Proof
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,23 +74,26 @@ def _run(arguments: argparse.Namespace) -> bool:
     rows = measure(wanted, synthesized, values)
     _say(render(rows))
     _say(f"{len(rows)} units, {library.name}, {time.monotonic() - start:.0f} s")
+    proofs: dict[str, tuple[Proof, tuple[int, int]]] = {}
+    for name, made in synthesized.items() if arguments.prove else ():
+        proofs[name] = _proven(name, made, arguments.vectors)
     if arguments.write:
-        write(rows, library, "./dev synth --write")
+        write(rows, library, "./dev synth --write --prove" if proofs else "./dev synth --write", proofs=proofs)
         _say(f"written: {UNITS_PATH}")
-    if not arguments.prove:
-        return True
+    return all(not proof.mismatches and found >= _LEAST_FOUND * tried for proof, (found, tried) in proofs.values())
+
+
+def _proven(name: str, made: Synthesized, vectors: int) -> tuple[Proof, tuple[int, int]]:
+    """What came of one netlist's proof, and of netlists with a wrong gate, which it also says."""
     from .proofs import mutants, prove
 
-    held = True
-    for name, made in synthesized.items():
-        start = time.monotonic()
-        proof = prove(made.netlist, made.component, vectors=arguments.vectors)
-        found, tried = mutants(made.netlist, made.component)
-        _say(f"{name}: {proof}; {found} of {tried} wrong gates found out; {time.monotonic() - start:.1f} s")
-        if proof.example:
-            _say(f"  for example {proof.example}")
-        held = held and not proof.mismatches and found >= _LEAST_FOUND * tried
-    return held
+    start = time.monotonic()
+    proof = prove(made.netlist, made.component, vectors=vectors)
+    found, tried = mutants(made.netlist, made.component)
+    _say(f"{name}: {proof}; {found} of {tried} wrong gates found out; {time.monotonic() - start:.1f} s")
+    if proof.example:
+        _say(f"  for example {proof.example}")
+    return proof, (found, tried)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

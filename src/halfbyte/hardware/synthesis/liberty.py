@@ -10,6 +10,7 @@ A Liberty file is nested groups, ``name (arguments) { ... }``, of attributes ``n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -217,6 +218,18 @@ def _read_cell(group: Group) -> Cell | None:
     )
 
 
+def _cell(group: Group, path: Path) -> Cell | None:
+    """`_read_cell`, with what is wrong in a file said of the cell where it is."""
+    try:
+        return _read_cell(group)
+    except (ValueError, LookupError) as error:
+        raise HalfbyteError(
+            f"The cell {' '.join(group.arguments) or 'without a name'} of {path} cannot be read "
+            f"({type(error).__name__}: {error}). A number, a table's values, a flip-flop's next_state or clocked_on is "
+            "missing or malformed there: mend the file or give another one."
+        ) from error
+
+
 def _read_flip_flop(group: Group, energy: dict[str, float]) -> FlipFlop:
     clocked_on = parse_function(group.attributes["clocked_on"])
     return FlipFlop(
@@ -254,7 +267,8 @@ class Library:
             path: a Liberty file; our own by default.
 
         Raises:
-            HalfbyteError: if there is no such file, it is no Liberty file, or it has no two-input NAND or no flip-flop.
+            HalfbyteError: if there is no such file, it is no Liberty file, a cell cannot be read, or there is no
+                two-input NAND with an area or no flip-flop.
         """
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -263,19 +277,30 @@ class Library:
                 f"The cell library {path} cannot be read ({error.strerror}). Give the path of a Liberty file (.lib)."
             ) from error
         group = parse(text, str(path))
-        found = [cell for cell in map(_read_cell, group.inside("cell")) if cell is not None]
+        found = [cell for cell in (_cell(inner, path) for inner in group.inside("cell")) if cell is not None]
         nands = [cell.area for cell in found if cell.flip_flop is None and _is_nand2(cell)]
-        if not nands or not any(cell.flip_flop for cell in found):
+        if not nands or not 0 < min(nands) < math.inf:
             raise HalfbyteError(
-                f"The cell library {path} has {len(found)} cells that logic can be mapped to, but no two-input NAND or "
-                "no flip-flop among them; both are needed. Give a standard-cell library."
+                f"The cell library {path} has two-input NANDs of the areas {nands}; at least one is needed, and all "
+                "must be above zero: its area is one gate equivalent. Give a standard-cell library with areas."
             )
+        if not any(cell.flip_flop for cell in found):
+            raise HalfbyteError(
+                f"The cell library {path} has {len(found)} cells that logic can be mapped to, but no flip-flop among "
+                "them; one is needed. Give a standard-cell library."
+            )
+        try:
+            voltage = group.number("nom_voltage", 1.0)
+        except ValueError as error:
+            raise HalfbyteError(
+                f"The nom_voltage of the cell library {path} is no number ({error}). Mend it."
+            ) from error
         return cls(
-            name=group.arguments[0],
+            name=group.arguments[0] if group.arguments else path.stem,
             path=path,
             cells={cell.name: cell for cell in found},
             gate_area=min(nands),
-            voltage=group.number("nom_voltage", 1.0),
+            voltage=voltage,
         )
 
 

