@@ -15,6 +15,8 @@ import pytest
 
 pytest.importorskip("amaranth", reason="the optional extra hw")
 
+from amaranth.hdl import signed
+from amaranth.lib.wiring import Out
 from amaranth.sim import Simulator
 
 from halfbyte import formats, oracle
@@ -276,12 +278,18 @@ def test_planes_equal_the_simulator() -> None:
 
 
 def test_catalog_is_complete() -> None:
-    """The catalog holds each unit of the synthesis table, and its products a cycle are what its ports take."""
+    """The catalog holds each unit of the synthesis table, and a unit's name tells its lanes, modes and widths."""
     assert list(UNITS) == NAMES
     for name, unit in UNITS.items():
         ports = unit.build().signature.members
         pairs = 0 if unit.macs == 0 else (ports["a"].dimensions or (1,))[0]
         assert (unit.name, unit.macs) == (name, pairs)
+        if unit.role == "unit":
+            assert name.startswith(f"dot{pairs}_{unit.build().kind}")
+            assert [port in ports for port in ("acc", "out")] == ["round" not in name, "round" in name]
+            width = 32 if "acc32" in name else 16 if "int4" in name else 24
+            assert "round" in name or ports["acc"] == Out(signed(width))
+            assert ("unsigned" in name) == ("unsigned" in ports)
 
 
 @pytest.mark.parametrize("name", NAMES)
