@@ -12,6 +12,7 @@ from __future__ import annotations
 from . import formats, probes
 from .auditing import AuditReport, audit
 from .convert import convert, restore, summary
+from .export import load
 from .formats import Format, Phase
 from .qtensor import QTensor
 from .quantizers import (
@@ -67,6 +68,7 @@ __all__ = [
     "audit",
     "convert",
     "formats",
+    "load",
     "probes",
     "quantize",
     "restore",

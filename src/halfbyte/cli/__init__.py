@@ -1,4 +1,4 @@
-"""The command ``halfbyte``: compare recipes, train, audit, look at formats and recipes, see what a picture loses.
+"""The command ``halfbyte``: compare recipes, train, audit, export, look at formats, recipes, what a picture loses.
 
 Exit status: 0 done, 1 a run diverged or an audit failed, 2 something was asked that cannot be done, 130 Ctrl-C, 143
 SIGTERM.
@@ -14,10 +14,10 @@ from ..errors import HalfbyteError
 from . import training  # Its commands stand first in the help.
 
 # isort: split
-from . import looking, measuring
+from . import leaving, looking, measuring
 from .app import app
 
-__all__ = ["app", "looking", "main", "measuring", "training"]
+__all__ = ["app", "leaving", "looking", "main", "measuring", "training"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,15 +13,16 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 
 from ..errors import HalfbyteError
 
-__all__ = ["CheckpointError", "WriteError", "load", "path_in", "save", "writing"]
+__all__ = ["CheckpointError", "WriteError", "load", "path_in", "read", "save", "writing"]
 
 _FORMAT = "halfbyte checkpoint 1"
 
@@ -117,23 +118,52 @@ def load(fabric: Fabric, folder: Path, identity: Mapping[str, Any]) -> dict[str,
     cure = f"To start over, delete {folder} or choose another folder with --out."
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint to resume in {folder} (no {path.name}). {cure}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            raise zipfile.BadZipFile(f"bad checksum in {broken}")
-        content = fabric.load(path, weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}). {cure}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is a PyTorch file, but not a {_FORMAT!r}. {cure}")
+    content = _content(path, cure, lambda: fabric.load(path, weights_only=True))
     saved = content["identity"]
     different = [key for key in identity if saved.get(key) != identity[key]]
     if different:
         pairs = "; ".join(f"{key}: asked {_short(identity[key])}, there {_short(saved.get(key))}" for key in different)
         raise CheckpointError(f"{path} belongs to another run ({pairs}). Resume it with its own arguments. {cure}")
     return {key: value for key, value in content.items() if key not in ("format", "identity")}
+
+
+def read(path: Path, cure: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads any run's checkpoint, onto the CPU, to look at it.
+
+    Args:
+        path: the file.
+        cure: what the caller can do, for an error's last sentence.
+
+    Returns:
+        The ``identity`` and the ``state`` that were saved.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged or foreign.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}. {cure}")
+    content = _content(path, cure, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    return content["identity"], {key: value for key, value in content.items() if key not in ("format", "identity")}
+
+
+def _content(path: Path, cure: str, load_file: Callable[[], Any]) -> dict[str, Any]:
+    """What is in a checkpoint's file, after its checksums are checked.
+
+    Raises:
+        CheckpointError: if it is damaged or foreign.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"bad checksum in {broken}")
+        content = load_file()
+    except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}). {cure}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is a PyTorch file, but not a {_FORMAT!r}. {cure}")
+    return content
 
 
 def _short(value: object) -> str:

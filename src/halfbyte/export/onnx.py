@@ -1,0 +1,258 @@
+"""A converted model as an ONNX graph: INT4 weights with DequantizeLinear, activations through QuantizeLinear.
+
+`torch.export` writes the model down as a graph in which a converted layer is one operator with its plan; each node of
+that becomes some of ONNX's (docs/decisions/0020). What does not depend on the inputs is computed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import HalfbyteError, UnsupportedError
+from ..ops.plan import plan_of
+from .graph import OPSET, Graph
+from .layers import Codes, product, recurrent
+from .operators import LIKE, OPERATORS
+from .place import At, shape_of, unknown
+from .weights import evaluating, weights_in
+
+__all__ = ["save_onnx"]
+
+_LIBRARY = torch.library.Library("halfbyte_export", "DEF")
+_LIBRARY.define("recurrent(Tensor x, Tensor[] states, int number) -> Tensor[]")
+_MODULES: dict[int, nn.RNNBase] = {}
+"""The recurrent layers of exports that are going on, by the number that their nodes carry."""
+_NUMBERS = itertools.count()
+
+
+def _shapes(x: Tensor, states: Sequence[Tensor], number: int) -> list[Tensor]:
+    module = _MODULES[number]
+    width = module.hidden_size * (2 if module.bidirectional else 1)
+    return [x.new_empty(*x.shape[:2], width), *(torch.empty_like(s) for s in states)]
+
+
+torch.library.register_fake("halfbyte_export::recurrent", _shapes, lib=_LIBRARY)
+
+
+def save_onnx(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    path: str | Path,
+    *,
+    names: Sequence[str] = (),
+    open_batch: bool = False,
+) -> None:
+    """Writes the graph of what a model computes in evaluation, with packed INT4 weights.
+
+    Args:
+        model: converted, and trained for at least one step, which settles its clips; or plain.
+        inputs: tensors of the shapes that the graph is for. Their numbers do not matter.
+        path: the file.
+        names: of the inputs; without them ``input_0`` and so on.
+        open_batch: leave the length of every input's first dimension open. The example's must be 2 or more.
+
+    Raises:
+        UnsupportedError: if the model does something that has no place in such a graph: a block format, a rotation,
+            an operator that is not in the table, a range that no training batch has set.
+        HalfbyteError: if the package onnx is not installed, or names and inputs differ in number.
+    """
+    if names and len(names) != len(inputs):
+        raise HalfbyteError(f"names={list(names)} were given for {len(inputs)} inputs; one for each is possible.")
+    graph = Graph()
+    names = list(names) or [f"input_{i}" for i in range(len(inputs))]
+    with evaluating(model):
+        codes = {weight.plan: (weight.name, weight.encode()) for weight in weights_in(model)}
+        with _recurrent_nodes(model) as modules:
+            program = _traced(model, tuple(inputs), open_batch=open_batch)
+            outputs = _Translator(graph, codes, modules, program).run(names)
+    batch = "batch" if open_batch else None
+    declared = [
+        graph.described(name, x.dtype, [batch or x.shape[0], *x.shape[1:]] if x.dim() else [])
+        for name, x in zip(names, inputs, strict=True)
+    ]
+    sealed = graph.seal("halfbyte", declared, outputs)
+    opset = [graph.onnx.helper.make_opsetid("", OPSET)]
+    proto = graph.onnx.helper.make_model(sealed, opset_imports=opset, producer_name="halfbyte", ir_version=10)
+    graph.onnx.checker.check_model(proto, full_check=True)
+    graph.onnx.save_model(proto, str(path))
+
+
+def _traced(model: nn.Module, inputs: tuple[Tensor, ...], *, open_batch: bool) -> Any:
+    """The model as `torch.export` writes it down, with nothing computed in place."""
+    dims = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in inputs) if open_batch else None
+    with warnings.catch_warnings():
+        # torch's own, about how torch itself looks at trees.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        try:
+            program = torch.export.export(model, inputs, dynamic_shapes=dims, strict=False)
+            return program.run_decompositions({})
+        except HalfbyteError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(
+                f"torch.export could not write the model down as a graph ({str(error).splitlines()[0]}). Make its "
+                "forward take tensors and branch on nothing that they hold, or use --format safetensors."
+            ) from error
+
+
+@contextlib.contextmanager
+def _recurrent_nodes(model: nn.Module) -> Iterator[dict[int, nn.RNNBase]]:
+    """Recurrent layers as one node each: what they do over the steps of a sequence is a loop in the graph."""
+    mine: dict[int, nn.RNNBase] = {}
+    try:
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                number = next(_NUMBERS)
+                mine[number] = _MODULES[number] = module
+                vars(module)["forward"] = _node(module, number)
+        yield mine
+    finally:
+        for number, module in mine.items():
+            del _MODULES[number], vars(module)["forward"]
+
+
+def _node(module: nn.RNNBase, number: int) -> Any:
+    lstm = isinstance(module, nn.LSTM)
+
+    def forward(input: Any, hx: Any = None) -> Any:
+        if not isinstance(input, Tensor) or input.dim() != 3:
+            raise UnsupportedError(
+                f"{type(module).__name__}: a packed or unbatched sequence was given; a batch of padded sequences can "
+                "be exported."
+            )
+        if hx is None:
+            count = module.num_layers * (2 if module.bidirectional else 1)
+            batch = input.shape[0 if module.batch_first else 1]
+            # As a sum over an axis, so that the zeros have the batch's length where that is open.
+            zero = (input[:, 0, :1] if module.batch_first else input[0, :, :1]) * 0
+            zeros = zero.expand(batch, module.hidden_size).unsqueeze(0).expand(count, -1, -1)
+            hx = (zeros, zeros) if lstm else zeros
+        y, *after = torch.ops.halfbyte_export.recurrent(input, list(hx) if lstm else [hx], number)
+        return y, tuple(after) if lstm else after[0]
+
+    return forward
+
+
+class _Translator:
+    """Goes through a traced graph: what is known is computed, the rest becomes nodes.
+
+    Attributes:
+        known: tensors that do not depend on the inputs, by the node that gives them.
+        names: values of the ONNX graph, by the node that gives them.
+    """
+
+    def __init__(self, graph: Graph, codes: Codes, modules: dict[int, nn.RNNBase], program: Any) -> None:
+        self.graph, self.codes, self.modules, self.program = graph, codes, modules, program
+        self.known: dict[fx.Node, Any] = {}
+        self.names: dict[fx.Node, Any] = {}
+
+    def run(self, inputs: Sequence[str]) -> list[Any]:
+        """Translates all nodes; returns the declared outputs."""
+        nodes = list(self.program.graph.nodes)
+        given = iter(inputs)
+        places = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        for node in nodes:
+            if node.op == "placeholder":
+                self._place(node, places[node.name], given)
+            elif node.op == "call_function" and node.users:
+                self._call(node)
+        results = [n for n in nodes[-1].args[0] if isinstance(n, fx.Node)]
+        outputs = []
+        for number, node in enumerate(results):
+            name = f"output_{number}"
+            value = self._value(node)
+            self.graph.nodes.append(self.graph.onnx.helper.make_node("Identity", [value], [name], name=name))
+            shape = ["batch" if size == -1 else size for size in shape_of(node)]
+            outputs.append(self.graph.described(name, node.meta["val"].dtype, shape))
+        return outputs
+
+    def _place(self, node: fx.Node, spec: Any, given: Iterator[str]) -> None:
+        """An input of the traced graph: one of the model's inputs, or a tensor that it holds."""
+        if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT:
+            self.names[node] = next(given)
+        elif spec.target in self.program.constants:
+            self.known[node] = self.program.constants[spec.target]
+        else:
+            self.known[node] = self.program.state_dict[spec.target]
+
+    def _call(self, node: fx.Node) -> None:
+        target: Any = node.target
+        if target is operator.getitem:
+            source, index = node.args
+            table = self.known if source in self.known else self.names
+            table[node] = table[source][index]  # type: ignore[index]
+            return
+        if target is torch.ops.halfbyte.layer.default:
+            self.names[node] = [self._layer(node)]
+            return
+        if target is torch.ops.halfbyte_export.recurrent.default:
+            x, states, number = node.args
+            begun = [self._value(s) for s in states]  # type: ignore[union-attr]
+            y, after = recurrent(self.graph, self.codes, self.modules[number], self._value(x), begun)  # type: ignore[index]
+            self.names[node] = [y, *after]
+            return
+        name = target.name().split("::")[1].split(".")[0] if hasattr(target, "name") else str(target)
+        if self._is_known(node, name):
+            fill = name in LIKE
+            args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _zeros(n) if fill else self.known[n])
+            self.known[node] = target(*args[0], **args[1])
+        elif isinstance(node.meta.get("val"), Tensor | list | tuple):
+            if name not in OPERATORS:
+                raise unknown(node)
+            args = fx.node.map_arg((node.args, dict(node.kwargs)), self._value)
+            skipped = ("dtype", "layout", "device", "pin_memory", "memory_format")
+            more = {k: v for k, v in args[1].items() if k not in skipped}
+            self.names[node] = OPERATORS[name](At(self.graph, node), *args[0], **more)
+        # What is left counts shapes, which are read where they are needed.
+
+    def _is_known(self, node: fx.Node, name: str) -> bool:
+        """Whether a node's result does not depend on the inputs' numbers."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor | list | tuple):
+            return False
+        if name in LIKE:
+            return all(isinstance(size, int) for size in value.shape)  # type: ignore[union-attr]
+        return all(source in self.known for source in node.all_input_nodes)
+
+    def _value(self, node: Any) -> Any:
+        """The value's name in the ONNX graph; for what counts a shape the node itself."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node in self.names:
+            return self.names[node]
+        if node in self.known:
+            self.names[node] = self.graph.constant(self.known[node], node.name)
+            return self.names[node]
+        return node
+
+    def _layer(self, node: fx.Node) -> str:
+        """A converted layer; the weight's own node is left where it is, its codes are known."""
+        x, weight, bias, _, _, handle, kind, steps, *_ = node.args
+        plan = plan_of(self.known[handle])  # type: ignore[index]
+        given = None if plan in self.codes else self._value(weight)
+        added = "" if bias is None else self._value(bias)
+        return product(
+            self.graph,
+            self.codes,
+            plan,
+            self._value(x),
+            given,
+            added,
+            str(kind),
+            list(steps),  # type: ignore[arg-type]
+        )
+
+
+def _zeros(node: fx.Node) -> Tensor:
+    """A tensor in the shape and type of a node's result."""
+    value = node.meta["val"]
+    return torch.zeros(value.shape, dtype=value.dtype)
