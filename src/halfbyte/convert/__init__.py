@@ -34,6 +34,9 @@ _NESTED = "_halfbyte_use_nested_tensor"
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 """The attribute in which DistributedDataParallel looks for names."""
 
+_SETTLE = 500
+"""For how many passes a learned clip follows the tensors of a recurrent network (docs/decisions/0021)."""
+
 _log = logging.getLogger("halfbyte")
 
 
@@ -192,6 +195,7 @@ def _apply(model: nn.Module, choices: Sequence[_Choice], backend: str, seed: int
     shared: dict[GradScaleSpec, GradScaleState] = {}
     promise: dict[str, str] = {}
     by_layer: dict[nn.Module, list[_Choice]] = {}
+    grows = any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in model.modules())
     for choice in choices:
         by_layer.setdefault(choice.site.layer.module, []).append(choice)
     for module, group in by_layer.items():
@@ -199,7 +203,7 @@ def _apply(model: nn.Module, choices: Sequence[_Choice], backend: str, seed: int
         plans = {}
         for choice in group:
             if not choice.recipe.leaves_alone:
-                plans[choice.site.unit.name] = _plan(choice, shared, backend, seed)
+                plans[choice.site.unit.name] = _plan(choice, shared, backend, seed, grows=grows)
                 promise[choice.site.fqn] = choice.recipe.name
         if plans:
             adopt(module, plans, whys)
@@ -226,25 +230,32 @@ def _keep_from_ddp(model: nn.Module) -> None:
     vars(model)[_DDP_IGNORES] = [*getattr(model, _DDP_IGNORES, ()), *names]
 
 
-def _plan(choice: _Choice, shared: dict[GradScaleSpec, GradScaleState], backend: str, seed: int) -> Plan:
-    recipe, device = _start(choice.recipe, choice.site.unit), _device(choice.site.layer.module)
+def _plan(
+    choice: _Choice, shared: dict[GradScaleSpec, GradScaleState], backend: str, seed: int, *, grows: bool
+) -> Plan:
+    recipe, device = _start(choice.recipe, choice.site.unit, grows=grows), _device(choice.site.layer.module)
     scale = None
     if recipe.grad_scale is not None and recipe.grad_scale.shared:
         scale = shared.setdefault(recipe.grad_scale, recipe.grad_scale.build(device=device))
     return Plan(recipe, device=device, backend=backend, shared_scale=scale, seed=seed, layer=choice.site.number)
 
 
-def _start(recipe: Recipe, unit: Unit) -> Recipe:
-    """The recipe with a learned clip that starts at 1 where the input is known to lie in -1 to 1.
+def _start(recipe: Recipe, unit: Unit, *, grows: bool) -> Recipe:
+    """The recipe with a learned clip that starts well.
 
-    The first hidden state is all zeros: a clip that waits for the first batch would learn nothing from it. IBM's
-    fms-model-optimizer starts the clips of its LSTM at 1, too.
+    Where the input is known to lie in -1 to 1 it starts at 1: the first hidden state is all zeros, and a clip that
+    waits for the first batch would learn nothing from it. IBM's fms-model-optimizer starts the clips of its LSTM at 1,
+    too.
+    Where tensors grow as the model learns, it follows them at first.
     """
     spec = recipe.fprop.input
-    if not (unit.bounded and isinstance(spec, Pact) and spec.clip is None):
+    if not isinstance(spec, Pact):
         return recipe
-    signed = True if spec.signed is None else spec.signed
-    return replace(recipe, fprop=replace(recipe.fprop, input=replace(spec, clip=1.0, signed=signed)))
+    if unit.bounded and spec.clip is None:
+        spec = replace(spec, clip=1.0, signed=True if spec.signed is None else spec.signed)
+    if grows and spec.settle is None:
+        spec = replace(spec, settle=_SETTLE)
+    return replace(recipe, fprop=replace(recipe.fprop, input=spec))
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -203,6 +203,9 @@ class Plan(Stateful):
         if again:
             return False
         self.step += 1
+        for quantizer in (self.input, self.weight, self.dgrad_weight, self.wgrad_input):
+            if quantizer is not None:
+                quantizer.begin_pass()
         scale = self.grad_scale
         if scale is not None:
             seen = _checksum(weight)

@@ -174,8 +174,11 @@ class Quantizer(NonFiniteCounter, abc.ABC):
             raise UnsupportedError(
                 f"{self.spec}: the first batch set the learned number to {first:.4g}, but it is {now:.4g} again. Are "
                 "the parameters sharded (FSDP)? Run one training forward pass before fully_shard(), or load a "
-                "checkpoint, or give the first value: Pact(clip=...)."
+                "checkpoint, or give the first value and let it not settle: Pact(clip=..., settle=0)."
             )
+
+    def begin_pass(self) -> None:
+        """A training forward pass begins, before its first tensor; decided by `halfbyte.ops.Plan.begin`."""
 
     @property
     def shown(self) -> str:

@@ -1,7 +1,8 @@
 """PACT: an activation's clip is learned (Choi et al., arXiv 1805.06085).
 
 The clip is a parameter: the optimizer moves it, its weight decay pulls it down, and it is saved with the model. Where
-no first value is given, the first training batch chooses the one of least squared error.
+no first value is given, the first training batch chooses the one of least squared error, and where the network's
+tensors grow as it learns, the clip follows them for some steps before it is learned (`settling`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..formats import Format, int4, int8, integer, uint4
 from ..qtensor import QTensor, pack_bits, unpack_bits
 from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
 from .number import Number, clamp, read, rounded, stored
+from .settling import Settling
 
 __all__ = ["Pact"]
 
@@ -48,16 +50,21 @@ class Pact(Spec):
         bits: 2 to 8.
         plus: PACT+: the gradient of the clip also counts the rounding error of each element inside, and that of x
             stops at the clip itself. Needs one float an element for the backward pass instead of one bit.
+        settle: for so many training passes after the first, the clip is set to the one of least squared error on the
+            tensors of the pass before, and only then learned. None is 0, but `halfbyte.convert` makes it 500 in a model
+            with recurrent layers, whose states grow as it learns.
     """
 
     clip: float | None = None
     signed: bool | None = False
     bits: int = 4
     plus: bool = False
+    settle: int | None = None
 
     def __post_init__(self) -> None:
         require(2 <= self.bits <= 8, f"Pact(bits={self.bits})", "2 to 8 bits are possible")
         require(self.clip is None or self.clip > 0, f"Pact(clip={self.clip})", "a clip is above zero, or None")
+        require(not self.settle or self.settle > 0, f"Pact(settle={self.settle})", "0 or more passes are possible")
 
     @property
     def learns(self) -> bool:
@@ -82,12 +89,15 @@ class _PactQuantizer(Quantizer):
     clip: nn.Parameter
     ready: Tensor
     sign: Tensor
+    settling: Settling | None
 
     def __init__(self, spec: Pact, *, device: torch.device | None, backend: str) -> None:
         super().__init__(spec, device=device, backend=backend)
         self.declare_parameter("clip", 1.0 if spec.clip is None else spec.clip, device=device)
         self.declare("ready", spec.clip is not None, torch.bool, device=device)
         self.declare("sign", -1 if spec.signed is None else int(spec.signed), torch.int64, device=device)
+        self.settling = Settling(spec.settle, device=device) if spec.settle else None
+        self._follows = self.settling is not None
         self._settled: tuple[bool, int] | None = None
         self._warned = False
 
@@ -106,7 +116,17 @@ class _PactQuantizer(Quantizer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._settled = self._first_value = None
+        self._follows = self.settling is not None
         super()._load_from_state_dict(*args, **kwargs)
+
+    def begin_pass(self) -> None:
+        if self.settling is None or not self._follows:
+            return
+        self.check_first()
+        clip = self.settling.advance()
+        if clip is not None:
+            self.set_first(clip)
+        self._follows = bool(self.settling.left > 0)
 
     @property
     def format(self) -> Format | None:
@@ -118,7 +138,7 @@ class _PactQuantizer(Quantizer):
     def quantize(
         self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
     ) -> Quantized:
-        if observe:
+        if observe and not self._follows:
             self.check_first()
         ready, sign = self._state()
         settled = ready and sign >= 0
@@ -133,6 +153,9 @@ class _PactQuantizer(Quantizer):
         low, high = map(read, ends)
         if settled:
             self._watch_sign(low, sign)
+        if observe and self._follows:
+            assert self.settling is not None
+            self.settling.see(x, clip, levels, signed=bool(sign))
         if plus:
             x, scale = self.screen(x, stored(clip / levels), low, high, observe=observe)
             return Quantized(QTensor(qdata, scale, fmt, x.shape), self._residue(x.detach(), limit, sign))
