@@ -217,3 +217,12 @@ def test_a_negative_number_of_passes_is_refused():
     """settle=-1 raises, with what is possible."""
     with pytest.raises(SpecError, match=r"settle=-1.*0 or more passes"):
         Pact(settle=-1)
+
+
+def test_a_converted_layers_clips_move_without_an_optimizer():
+    """Each training forward pass of a model begins with the clips that the one before called for."""
+    model, x = network(), 0.05 * torch.randn(5, 3, 4)
+    model(x)
+    first = clips(model)
+    model(x)
+    assert all(new != old for new, old in zip(clips(model), first, strict=True))
