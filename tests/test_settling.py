@@ -221,8 +221,9 @@ def test_a_negative_number_of_passes_is_refused():
 
 def test_a_converted_layers_clips_move_without_an_optimizer():
     """Each training forward pass of a model begins with the clips that the one before called for."""
-    model, x = network(), 0.05 * torch.randn(5, 3, 4)
-    model(x)
+    model, x = network(), torch.randn(5, 3, 4)
+    model(0.05 * x)
     first = clips(model)
+    model(0.1 * x)
     model(x)
     assert all(new != old for new, old in zip(clips(model), first, strict=True))
