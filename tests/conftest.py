@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from browser import chromium, page
+
+__all__ = ["chromium", "page"]  # Fixtures of browser.py, for every test.
+
 # No deadline: the first call of a torch operator is slow. In CI the examples are the same on every run, so that a red
 # run means a changed program; on a desk they are new each time, which is how new failures are found.
 settings.register_profile(

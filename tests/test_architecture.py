@@ -72,6 +72,7 @@ FLOORS = {
     "": 10,
     "__main__": 10,
     "cli": 10,
+    "explain": 10,
     "export": 10,
     "listing": 10,
     "picture": 10,

@@ -1,4 +1,4 @@
-"""Commands that show something: ``formats``, ``recipes``, ``quantize``, ``report`` and ``info``."""
+"""Commands that show something: ``formats``, ``recipes``, ``quantize``, ``report``, ``info`` and ``explain``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 from ..errors import HalfbyteError
 from .app import app, examples, typer
 
-__all__ = ["formats", "info", "quantize", "recipes", "report"]
+__all__ = ["explain", "formats", "info", "quantize", "recipes", "report"]
 
 
 @app.command(epilog=examples("halfbyte formats", "halfbyte formats fp4_e3m0_r4", "halfbyte formats int4 --json"))
@@ -88,3 +88,19 @@ def info() -> None:
     from ..listing import show_installation
 
     show_installation()
+
+
+@app.command(epilog=examples("halfbyte explain -o explain.html"))
+def explain(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
+) -> None:
+    """Write the story of 4-bit training as one page to touch: six chapters, each with something to move.
+
+    The page needs no network and no other file. Its numbers are computed by the library when it is written.
+    """
+    from ..explain import write
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise HalfbyteError(f"-o {out} was given; the page is HTML. Name a file *.html.")
+    write(out)
+    typer.echo(f"{out}, {out.stat().st_size:,} bytes")
