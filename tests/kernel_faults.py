@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from halfbyte.kernels import reference
-from halfbyte.kernels.reference import fused
+from halfbyte.kernels.reference import blocks, fused
 
 
 def replace_kernel(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., Any]) -> None:
-    """Replaces a function of the reference, also where several results of one tensor are composed of it."""
-    for module in (reference, fused):
+    """Replaces a function of the reference, also where others of it are composed of that one."""
+    for module in (reference, fused, blocks):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, function)

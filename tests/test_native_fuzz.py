@@ -20,8 +20,9 @@ from torch import Tensor
 
 from halfbyte import formats
 from halfbyte.formats import Format
-from halfbyte.kernels import Batched, Conv, ConvTranspose, Geometry, Linear, native, reference
-from halfbyte.qtensor import QTensor, pack
+from halfbyte.kernels import Batched, Conv, ConvTranspose, Geometry, Linear, Reduction, native, reference
+from halfbyte.qtensor import Blocks, QTensor, pack
+from halfbyte.quantizers import MXFP4, NVFP4, Spec, Use
 from halfbyte.rng import Draw
 from native_library import needs_library
 from shapes import GEMMS, operand_shapes
@@ -32,6 +33,12 @@ native_gemm = importlib.import_module("halfbyte.kernels.native.gemm")  # the pac
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 PHASES = (formats.fp4_e3m0_r4, formats.fp4_e3m0_r4_odd)
 LEVELS = [*PHASES, formats.fp4_e3m0, formats.fp4_e2m1]
+FLOATS_OF_8_BITS = [formats.fp8_e4m3, formats.fp8_e5m2]
+NEAREST = [*LEVELS, *FLOATS_OF_8_BITS, formats.fp4_e1m2]
+BLOCK_SPECS: list[Spec] = [
+    NVFP4(), NVFP4(square=True), NVFP4(rounding="stochastic", headroom=True), MXFP4(), MXFP4(scale_rule="rceil"),
+    MXFP4(scale_rule="even"), MXFP4(scale_rule="ceil"), MXFP4(rounding="stochastic", headroom=True),
+]  # fmt: skip
 SIGNED = [formats.int4, formats.int8, formats.integer(3)]
 INTEGERS = [*SIGNED, formats.uint4, formats.integer(8, signed=False)]
 NARROW = [formats.int4, formats.uint4, formats.integer(2)]
@@ -137,7 +144,7 @@ def numbers(draw: st.DrawFn, *, nan: bool = False, dtypes: list[torch.dtype] = F
 scales = st.floats(2.0**-20, 2.0**20, width=32).map(torch.tensor)
 
 
-@given(x=numbers(), scale=scales, fmt=st.sampled_from([*INTEGERS, *LEVELS]), data=st.data())
+@given(x=numbers(), scale=scales, fmt=st.sampled_from([*INTEGERS, *NEAREST]), data=st.data())
 def test_encode(x: Tensor, scale: Tensor, fmt: Format, data: st.DataObject, threads: int) -> None:
     """Codes rounded to nearest, whatever the lower end, offset and code range."""
     options: dict[str, object] = {}
@@ -150,7 +157,7 @@ def test_encode(x: Tensor, scale: Tensor, fmt: Format, data: st.DataObject, thre
     agree("encode", x.shape, lambda backend: backend.encode(x, fmt, inv_scale=scale, **options), threads)
 
 
-@given(x=numbers(nan=True), scale=scales, fmts=st.lists(st.sampled_from(LEVELS), max_size=4))
+@given(x=numbers(nan=True), scale=scales, fmts=st.lists(st.sampled_from(NEAREST), max_size=4))
 def test_encode_each(x: Tensor, scale: Tensor, fmts: list[Format], threads: int) -> None:
     """Codes in several formats at once, and the range from the same read, also where a number is NaN or infinite."""
 
@@ -219,6 +226,61 @@ def test_statistics(x: Tensor, threads: int) -> None:
     agree("statistics", x.shape, lambda b: (ends_of(b.value_range(x)), b.moments(x), b.stable_sum(flat)), threads)
 
 
+View = tuple[tuple[int, ...], int, int]
+
+
+@st.composite
+def views(draw: st.DrawFn) -> View:
+    """A shape and two different dimensions of it."""
+    shape = tuple(draw(st.lists(st.integers(1, 40) | st.sampled_from([64, 127, 300]), min_size=2, max_size=4)))
+    while math.prod(shape) > 200_000:
+        shape = shape[:-1] if len(shape) > 2 else (shape[0], 40)
+    axis, across = draw(st.permutations(range(len(shape))))[:2]
+    return shape, axis, across
+
+
+@given(view=views(), seed=st.integers(0, 1 << 32), size=st.sampled_from([2, 4, 16, 32, 64, 256]), back=st.booleans())
+def test_rotations(view: View, seed: int, size: int, back: bool, threads: int) -> None:
+    """Hadamard rotations along any axis, with signs for odd seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(view[0], generator=generator)
+    signs = torch.where(torch.rand(size, generator=generator) < 0.5, -1.0, 1.0) if seed % 2 else None
+    agree("rotation", view, lambda b: b.rotate(x, Reduction(*view), size, signs, back=back), threads)
+
+
+@given(
+    view=views(), spec=st.sampled_from(BLOCK_SPECS), dtype=st.sampled_from(FLOATS), seed=st.integers(0, 1 << 32),
+    special=st.sampled_from([None, 0.0, 1e-40, math.nan, math.inf]),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::halfbyte.errors.NonFiniteWarning")
+def test_blocks(view: View, spec: Spec, dtype: torch.dtype, seed: int, special: float | None, threads: int) -> None:
+    """Codes and scales of block formats along any axis, also where a number is NaN or infinite."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(view[0], generator=generator) * 2.0 ** torch.randint(-30, 9, view[0], generator=generator)
+    if special is not None:
+        x.view(-1)[seed % x.numel() :: 41] = special
+    x = x.to(dtype)
+    draw = Draw(seed=seed, layer=1, step=torch.tensor(seed % 99), operand=2)
+    used = Use(gemm="fprop", operand=0, geometry=OneView(Reduction(*view)), draw=draw)  # type: ignore[arg-type]
+
+    def compute(backend: object) -> object:
+        q = spec.build(backend="native" if backend is native else "reference").quantize(x, use=used).q
+        return q.qdata, q.scale, q.block_scale
+
+    agree("blocks", (view, spec), compute, threads)
+
+
+class OneView:
+    """A layer that shows an operand in one view."""
+
+    def __init__(self, view: Reduction) -> None:
+        self.view = view
+
+    def reduction_view(self, _gemm: str, _operand: int) -> Reduction:
+        """That view."""
+        return self.view
+
+
 # ---- products --------------------------------------------------------------------------------------------------------
 
 sides = st.integers(1, 40) | st.sampled_from([63, 64, 65, 127, 128, 129, 200, 260])
@@ -272,7 +334,7 @@ def operand(fmt: Format, shape: tuple[int, ...], generator: torch.Generator, out
 def test_gemm(
     geometry: Geometry, which: str, fmts: tuple[Format, Format], outside: float, method: int, seed: int, threads: int
 ) -> None:
-    """Sums and results of the three GEMMs, by each method."""
+    """Sums and results of the three GEMMs, by each method; a zero has either sign where one product is all there is."""
     generator = torch.Generator().manual_seed(seed)
     shapes = operand_shapes(geometry, which)
     a, b = (operand(fmt, shape, generator, outside) for fmt, shape in zip(fmts, shapes, strict=True))
@@ -282,10 +344,45 @@ def test_gemm(
         if plain and native_gemm.reference_case(which, a, b, geometry) is None:
             sums = native_gemm._product(which, a, b, geometry, method=method).double()
             return sums, native.gemm(which, a, b, geometry)
-        return backend.accumulators(which, a, b, geometry), backend.gemm(which, a, b, geometry)
+        return backend.accumulators(which, a, b, geometry) + 0.0, backend.gemm(which, a, b, geometry) + 0.0
 
     kind = f"gemm of {type(geometry).__name__}"
     agree(kind, (which, geometry), compute, threads)
+
+
+def blocked(kind: str, geometry: Geometry, which: str, place: int, generator: torch.Generator) -> QTensor:
+    """Random codes whose products with each other float64 sums exactly."""
+    shape = operand_shapes(geometry, which)[place]
+    fmt = {"e4m3": formats.fp8_e4m3, "e5m2": formats.fp8_e5m2, "int4": formats.int4}.get(kind, formats.fp4_e2m1)
+    if fmt.bits == 8:
+        least, most = (0, 0x7E) if kind == "e4m3" else (0x30, 0x7B)
+        magnitude = torch.randint(least, most + 1, (math.prod(shape),), generator=generator)
+        codes = magnitude + 128 * torch.randint(2, magnitude.shape, generator=generator)
+        return QTensor(codes.to(torch.uint8), torch.tensor(0.37), fmt, torch.Size(shape))
+    q = operand(fmt, shape, generator, 1.0)
+    if kind == "int4":
+        return q
+    view, powers = geometry.reduction_view(which, place), kind == "mx"
+    sizes = [1] * len(view.shape)
+    sizes[view.axis] = 32 if powers else 16
+    if kind == "square":
+        sizes[view.across] = 16
+    blocks = Blocks(view.shape, tuple(sizes), formats.e8m0 if powers else formats.fp8_e4m3)
+    # E4M3 scales of 13 binades, powers of two of 16.
+    scales = torch.randint(*((100, 116) if powers else (24, 0x7F)), blocks.grid, generator=generator)
+    return QTensor(q.qdata, q.scale, fmt, torch.Size(shape), block_scale=scales.to(torch.uint8), blocks=blocks)
+
+
+KINDS = st.sampled_from(["nv", "mx", "square", "e4m3", "e5m2", "int4"])
+
+
+@given(geometry=geometries, which=st.sampled_from(GEMMS), kinds=st.tuples(KINDS, KINDS), seed=st.integers(0, 1 << 32))
+def test_gemm_of_numbers(geometry: Geometry, which: str, kinds: tuple[str, str], seed: int, threads: int) -> None:
+    """Products with scales for blocks, or of 8-bit floats."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (blocked(kind, geometry, which, place, generator) for place, kind in enumerate(kinds))
+    kind = f"gemm of {type(geometry).__name__}"
+    agree(kind, (which, geometry, kinds), lambda backend: backend.gemm(which, a, b, geometry) + 0.0, threads)
 
 
 def main(examples: int, *arguments: str) -> int:

@@ -264,6 +264,16 @@ def test_panels_beyond_their_limit_are_not_kept(monkeypatch: pytest.MonkeyPatch)
     assert not ready.panels
 
 
+def test_sums_that_are_emptied_often(isa: str) -> None:
+    """wgrad of a convolution over a million positions, whose 32-bit sums are emptied again and again, is exact."""
+    shape = (2, 1, 1024, 512)
+    positions = torch.Size(shape).numel()
+    a = QTensor(torch.full((positions // 2,), 0x77, dtype=torch.uint8), torch.ones(()), R4, torch.Size(shape))
+    b = QTensor(torch.full_like(a.qdata, 0xFF), torch.ones(()), formats.uint4, torch.Size(shape))
+    sums = native_gemm._product("wgrad", a, b, conv(shape, (1, 1, 1, 1)), method=METHODS["words"])
+    assert sums.item() == positions * R4.integers[7] * 15
+
+
 def test_scales_beyond_float32_multiply_first(isa: str) -> None:
     """Scales whose product passes float32 before the unit brings it back give the reference's finite result."""
     geometry = Linear(rows=1, in_features=1, out_features=20)
@@ -281,7 +291,13 @@ def test_what_goes_to_the_reference() -> None:
         "fprop of INT4": (native_gemm.reference_case("fprop", *operands("fprop", linear, *NARROW), linear), None),
         "FP8": (
             native_gemm.reference_case("fprop", *operands("fprop", linear, formats.fp8_e4m3, formats.int4), linear),
-            "8-bit floats, or 4-bit formats that reach beyond 4096",
+            None,
+        ),
+        "radix 16": (
+            native_gemm.reference_case(
+                "fprop", *operands("fprop", linear, formats.logarithmic(16), formats.int4), linear
+            ),
+            "an 8-bit float with integers whose sums may pass 53 bits, or a format that reaches beyond 4096",
         ),
         "wide rows": (
             native_gemm.reference_case("wgrad", *operands("wgrad", long, R4, formats.uint4), long),

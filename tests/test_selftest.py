@@ -263,9 +263,8 @@ def test_sampled_rows_without_their_weight_fail(monkeypatch: pytest.MonkeyPatch)
 def test_ms_eden_without_its_correction_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes rounded to nearest without the corrected scales shrink what they stand for."""
 
-    def uncorrected(self: object, x: Tensor, blocks: object, lies: object, amax: Tensor, top: Tensor, use: object):
-        plain = hb.NVFP4().build()
-        return plain.scaled(x, blocks, lies, use)
+    def uncorrected(self: object, x: Tensor, *rest: object) -> object:
+        return hb.NVFP4().build().encoded(x, *rest)
 
     monkeypatch.setattr(block._NvQuantizer, "_eden", uncorrected)
     found = failures(self_test({"layer": Plan(hb.RECIPES["quartet2"])}))
@@ -274,8 +273,8 @@ def test_ms_eden_without_its_correction_fails(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_scale_rule_that_is_another_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A floor that rounds up is not the floor rule."""
-    real = block._MxQuantizer._exponent
-    monkeypatch.setattr(block._MxQuantizer, "_exponent", lambda self, *args: real(self, *args) + 1)
+    real = reference.mx_scales
+    replace_kernel(monkeypatch, "mx_scales", lambda amax, **how: real(amax * 2, **how))
     found = failures(results(forward=hb.MXFP4()))["scale rule"]
     assert found == "a block whose largest magnitude is 1 got the scale 2^-1; the rule gives 2^-2"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UnknownNameError
 from ..formats import Format
-from ..qtensor import QTensor
+from ..qtensor import Blocks, QTensor
 from ..rng import Draw
 from . import native, reference
 from .geometry import Batched, Conv, ConvTranspose, Gemm, Geometry, Linear, Reduction
@@ -114,6 +114,28 @@ class Backend(StashKernels, Protocol):
         self, x: Tensor, fmt: Format, *, clip: Tensor, code_range: tuple[int, int], mask: bool = True
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
         """`encode`, `value_range` and `clip_bits` together, for a learned clip."""
+        ...
+
+    def block_amax(self, x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """The largest magnitude of each block, and of all."""
+        ...
+
+    def nv_scales(self, amax: Tensor, *, limit: float, largest: float) -> tuple[Tensor, Tensor, Tensor]:
+        """NVFP4's scales: the tensor's, the blocks' codes, and what their numbers are multiplied by."""
+        ...
+
+    def mx_scales(self, amax: Tensor, *, rule: str, factor: float) -> tuple[Tensor, Tensor]:
+        """MXFP4's scales: the blocks' codes, and what their numbers are multiplied by."""
+        ...
+
+    def encode_blocks(
+        self, x: Tensor, inverse: Tensor, blocks: Blocks, *, draw: Draw | None = None, part: int = 0
+    ) -> Tensor:
+        """Packed E2M1 codes of numbers times one of each block."""
+        ...
+
+    def rotate(self, x: Tensor, view: Reduction, size: int, signs: Tensor | None, *, back: bool = False) -> Tensor:
+        """A tensor rotated along the reduction of a GEMM, or back."""
         ...
 
     def clip_bits(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:

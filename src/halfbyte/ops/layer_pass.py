@@ -138,7 +138,8 @@ class Pass:
         if gemm not in self._signs:
             self._signs[gemm] = transform.draw_signs(self.plan.draw(self.step, _NUMBER[gemm]))
         turn = transform.rotate_back if back else transform.rotate
-        return turn(x, self.geometry.reduction_view(gemm, operand), self._signs[gemm])
+        view = self.geometry.reduction_view(gemm, operand)
+        return turn(x, view, self._signs[gemm], backend=self.plan.backend)
 
     def encode(
         self, slot: str, x: Tensor, *, differentiable: bool = False, forward: bool = True

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..formats import Format, e8m0, fp4_e2m1, fp8_e4m3
 from ..kernels import Reduction
+from ..kernels.reference.blocks import e4m3_inverse, e4m3_numbers, mx_powers, nv_encoding
 from ..qtensor import Blocks, QTensor, pack_bits, unpack_bits
 from .contract import Quantized, Quantizer, Spec, Use, require
 from .number import power_of_two, read
@@ -150,35 +151,53 @@ class _BlockQuantizer(Quantizer, abc.ABC):
     def quantize(
         self, x: Tensor, *, observe: bool = False, differentiable: bool = False, use: Use | None = None
     ) -> Quantized:
-        low, high = self.kernels.value_range(x)
-        one = torch.ones((), dtype=torch.float32, device=x.device)
-        # A number that float32 cannot hold has no scale and is as broken as an infinity.
-        clean, whole = self.screen(x.detach(), one, read(low.float()), read(high.float()), observe=observe)
         lies = use.view if use is not None else _last_dimension(x)
         sizes = [1] * len(lies.shape)
         sizes[lies.axis] = self.size
         if getattr(self.spec, "square", False):
             sizes[lies.across] = self.size
         blocks = Blocks(lies.shape, tuple(sizes), self.scale_format)
-        wide = clean.to(torch.promote_types(x.dtype, torch.float32)).reshape(lies.shape)
-        scaled, scale, codes = self.scaled(wide, blocks, lies, use)
-        q = QTensor(self.round(scaled, use), scale * whole, fp4_e2m1, x.shape, block_scale=codes, blocks=blocks)
-        return Quantized(q, self.saved(scaled) if differentiable else ())
+        seen = x.detach().reshape(lies.shape)
+        amax, largest = self.kernels.block_amax(self.wide(seen), blocks)
+        top = read(largest.float())
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        # A number that float32 cannot hold has no scale and is as broken as an infinity.
+        clean, whole = self.screen(seen, one, top, top, observe=observe)
+        clean = self.wide(clean)
+        if clean is not seen:
+            amax, _ = self.kernels.block_amax(clean, blocks)
+        qdata, scale, codes = self.encoded(clean, amax, blocks, lies, use)
+        q = QTensor(qdata, scale * whole, fp4_e2m1, x.shape, block_scale=codes, blocks=blocks)
+        return Quantized(q, self.saved(clean, codes, blocks) if differentiable else ())
 
-    @abc.abstractmethod
-    def scaled(self, x: Tensor, blocks: Blocks, lies: Reduction, use: Use | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x over its scales, the tensor's scale (float32, shape ()), the codes of the blocks' scales (uint8)."""
+    def wide(self, x: Tensor) -> Tensor:
+        """x in a type whose arithmetic this is."""
+        return x
 
-    def saved(self, scaled: Tensor) -> tuple[Tensor | None, ...]:
+    def saved(self, x: Tensor, codes: Tensor, blocks: Blocks) -> tuple[Tensor | None, ...]:
         """What the backward pass needs: nothing, where the gradient passes everywhere."""
         return ()
 
-    def round(self, scaled: Tensor, use: Use | None) -> Tensor:
-        """Packed codes of numbers in the format's own units."""
-        one = torch.ones((), dtype=torch.float32, device=scaled.device)
-        if getattr(self.spec, "rounding", "nearest") != "stochastic":
-            return self.kernels.encode(scaled, fp4_e2m1, inv_scale=one)
-        return self.kernels.encode_stochastic(scaled, fp4_e2m1, inv_scale=one, noise=self.noise(scaled, use))
+    @abc.abstractmethod
+    def encoded(
+        self, x: Tensor, amax: Tensor, blocks: Blocks, lies: Reduction, use: Use | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The packed codes; the tensor's scale, float32 of shape (); the codes of the blocks' scales, uint8.
+
+        Args:
+            x: finite numbers in the view's shape.
+            amax: of each block.
+            blocks: how x is cut.
+            lies: the view.
+            use: what it is for.
+        """
+
+    def round(self, x: Tensor, inverse: Tensor, blocks: Blocks, use: Use | None) -> Tensor:
+        """Packed codes of numbers times one of each block, as the spec rounds."""
+        if self.spec.rounding != "stochastic":  # type: ignore[attr-defined]
+            return self.kernels.encode_blocks(x, inverse, blocks)
+        draw, part = self.source(x, use)
+        return self.kernels.encode_blocks(x, inverse, blocks, draw=draw, part=part)
 
     def quantize_scaled(self, x: Tensor, scale: Tensor) -> QTensor:
         require(False, f"scale={scale.item()} with {self.spec}", "a block format finds the scales of its blocks itself")
@@ -190,37 +209,22 @@ class _MxQuantizer(_BlockQuantizer):
     size = _MX_BLOCK
     scale_format = e8m0
 
-    def scaled(self, x: Tensor, blocks: Blocks, lies: Reduction, use: Use | None) -> tuple[Tensor, Tensor, Tensor]:
-        exponent = self._exponent(blocks.split(x), blocks).clamp(-e8m0.bias, e8m0.bias - 1)
-        inverse = power_of_two(-exponent)
-        whole = 1.0
-        if self.spec.headroom:
-            inverse, whole = inverse * 0.75, 4 / 3
+    def encoded(
+        self, x: Tensor, amax: Tensor, blocks: Blocks, lies: Reduction, use: Use | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        factor, whole = (0.75, 4 / 3) if self.spec.headroom else (1.0, 1.0)
+        if self.spec.scale_rule == "quest":
+            codes, inverse = mx_powers(_quest(blocks.split(_wide(x)), blocks), factor=factor)
+        else:
+            codes, inverse = self.kernels.mx_scales(amax, rule=self.spec.scale_rule, factor=factor)
         scale = torch.full((), whole, dtype=torch.float32, device=x.device)
-        return x * blocks.spread(inverse), scale, (exponent + e8m0.bias).to(torch.uint8)
+        return self.round(x, inverse, blocks, use), scale, codes
 
-    def _exponent(self, split: Tensor, blocks: Blocks) -> Tensor:
-        """The exponent of each block's scale, int32 in the shape of the grid."""
-        rule = self.spec.scale_rule
-        if rule == "quest":
-            count = blocks.split(torch.ones(blocks.view, device=split.device, dtype=split.dtype)).sum(blocks.places)
-            mean = split.sum(blocks.places) / count
-            # A few numbers around their own mean say little of their size: short blocks take the mean square.
-            mean = torch.where(count == _MX_BLOCK, mean, 0.0)
-            variance = split.square().sum(blocks.places) / count - mean.square()
-            size = _QUEST / 6 * variance.clamp_min(0).sqrt() + 1e-8
-            return torch.frexp(size)[1] - 1
-        amax = split.abs().amax(blocks.places)
-        # amax = m * 2^e with m in [1/2, 1): floor(log2 amax) is e - 1.
-        mantissa, exponent = torch.frexp(amax)
-        up = {"floor": 2.0, "ceil": 0.5, "even": 0.875, "rceil": 0.75}[rule]
-        more = mantissa >= up if rule == "even" else mantissa > up
-        return torch.where(amax > 0, exponent - 3 + more.int(), -e8m0.bias)
-
-    def saved(self, scaled: Tensor) -> tuple[Tensor | None, ...]:
+    def saved(self, x: Tensor, codes: Tensor, blocks: Blocks) -> tuple[Tensor | None, ...]:
         if self.spec.scale_rule != "quest":
             return ()
-        return (pack_bits((scaled.abs() < fp4_e2m1.max).reshape(-1)),)
+        inverse = power_of_two(e8m0.bias - codes.int())
+        return (pack_bits(((_wide(x) * blocks.spread(inverse)).abs() < fp4_e2m1.max).reshape(-1)),)
 
     def backward(self, grad: Tensor, q: QTensor, saved: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
         if saved:
@@ -229,56 +233,74 @@ class _MxQuantizer(_BlockQuantizer):
         return grad, None
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in the type of its arithmetic."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _quest(split: Tensor, blocks: Blocks) -> Tensor:
+    """QuEST's exponent of each block's scale, int32 in the shape of the grid."""
+    count = blocks.split(torch.ones(blocks.view, device=split.device, dtype=split.dtype)).sum(blocks.places)
+    mean = split.sum(blocks.places) / count
+    # A few numbers around their own mean say little of their size: short blocks take the mean square.
+    mean = torch.where(count == _MX_BLOCK, mean, 0.0)
+    variance = split.square().sum(blocks.places) / count - mean.square()
+    size = _QUEST / 6 * variance.clamp_min(0).sqrt() + 1e-8
+    return torch.frexp(size)[1] - 1
+
+
 class _NvQuantizer(_BlockQuantizer):
     spec: NVFP4
     size = _NV_BLOCK
     scale_format = fp8_e4m3
 
-    def scaled(self, x: Tensor, blocks: Blocks, lies: Reduction, use: Use | None) -> tuple[Tensor, Tensor, Tensor]:
-        x = x.float()
-        split = blocks.split(x)
-        amax = split.abs().amax(blocks.places)
-        top = amax.max() if amax.numel() else torch.zeros((), device=x.device)
+    def wide(self, x: Tensor) -> Tensor:
+        return x.float() if x.dtype == torch.float64 else x
+
+    def encoded(
+        self, x: Tensor, amax: Tensor, blocks: Blocks, lies: Reduction, use: Use | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.spec.rounding == "ms_eden":
-            return self._eden(x, blocks, lies, amax, top, use)
+            return self._eden(x.float(), amax, blocks, lies, use)
         # The largest block's scale becomes E4M3's largest, 448; 256 leaves room for one and a half times it.
         largest = 256.0 if self.spec.four_over_six else fp8_e4m3.max
         limit = fp4_e2m1.max * 16 / 17 if self.spec.headroom else fp4_e2m1.max
-        scale_enc = limit * largest / top
-        scale_enc = torch.where((top > 0) & scale_enc.isfinite(), scale_enc, 1.0)
-        scale = scale_enc.reciprocal()
-        codes = self._e4m3(amax / limit * scale_enc)
-        scaled = x * blocks.spread(_inverse(codes, scale))
+        scale, codes, inverse = self.kernels.nv_scales(amax, limit=limit, largest=largest)
+        qdata = self.round(x, inverse, blocks, use)
         if not self.spec.four_over_six:
-            return scaled, scale, codes
-        other = self._e4m3(1.5 * (amax / limit) * scale_enc)
-        wider = x * blocks.spread(_inverse(other, scale))
-        better = self._error(wider, other, x, scale, blocks) < self._error(scaled, codes, x, scale, blocks)
-        return torch.where(blocks.spread(better), wider, scaled), scale, torch.where(better, other, codes)
+            return qdata, scale, codes
+        x = x.float()
+        other = self._e4m3(1.5 * (amax / limit) * nv_encoding(amax, limit=limit, largest=largest))
+        wider = e4m3_inverse(other, scale)
+        error = self._error(qdata, codes, x, scale, blocks)
+        better = self._error(self.round(x, wider, blocks, use), other, x, scale, blocks) < error
+        qdata = self.round(x, torch.where(better, wider, inverse), blocks, use)
+        return qdata, scale, torch.where(better, other, codes)
 
     def _e4m3(self, block_scale: Tensor) -> Tensor:
         """The nearest E4M3 codes of the blocks' scales."""
         one = torch.ones((), dtype=torch.float32, device=block_scale.device)
         return self.kernels.encode(block_scale, fp8_e4m3, inv_scale=one).view(block_scale.shape)
 
-    def _error(self, scaled: Tensor, codes: Tensor, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
-        """The squared error of each block under those scales."""
-        qdata = self.round(scaled, None)
+    def _error(self, qdata: Tensor, codes: Tensor, x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
+        """The squared error of each block in those codes."""
         shape = torch.Size(blocks.view)
         error = QTensor(qdata, scale, fp4_e2m1, shape, block_scale=codes, blocks=blocks).dequantize() - x
         return blocks.split(error).square().sum(blocks.places)
 
     def _eden(
-        self, x: Tensor, blocks: Blocks, lies: Reduction, amax: Tensor, top: Tensor, use: Use | None
+        self, x: Tensor, amax: Tensor, blocks: Blocks, lies: Reduction, use: Use | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scales corrected by ``sum z^2 / sum z q`` over groups of 128, then rounded at random between E4M3 numbers."""
+        top = amax.max() if amax.numel() else amax.new_zeros(())
         scale = top / _EDEN_SCALES / _EDEN_LARGEST
         scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-        block_scale = _decoded(self._e4m3(amax / _EDEN_LARGEST / scale))
+        block_scale = e4m3_numbers(self._e4m3(amax / _EDEN_LARGEST / scale))
         block_scale = torch.where(block_scale == 0, 1.0, block_scale)
         scaled = x / blocks.spread(block_scale * scale)
         one = torch.ones((), dtype=torch.float32, device=x.device)
-        rounded = QTensor(self.round(scaled, None), one, fp4_e2m1, torch.Size(blocks.view)).dequantize()
+        qdata = self.kernels.encode(scaled, fp4_e2m1, inv_scale=one)
+        rounded = QTensor(qdata, one, fp4_e2m1, torch.Size(blocks.view)).dequantize()
         squares, products = (
             _in_groups(blocks.split(scaled * t).sum(blocks.places), lies.axis, lies.shape[lies.axis])
             for t in (scaled, rounded)
@@ -286,7 +308,7 @@ class _NvQuantizer(_BlockQuantizer):
         corrected = block_scale * torch.where(products > 0, squares / products, 1.0)
         noise = self.noise(corrected, use)
         codes = self.kernels.encode_stochastic(corrected, fp8_e4m3, inv_scale=one, noise=noise)
-        return scaled, scale, codes.view(corrected.shape)
+        return qdata, scale, codes.view(corrected.shape)
 
 
 def _in_groups(per_block: Tensor, axis: int, length: int) -> Tensor:
@@ -305,14 +327,3 @@ def _last_dimension(x: Tensor) -> Reduction:
     """The view of a tensor outside a layer: blocks along its last dimension, square ones over its last two."""
     shape = tuple(x.shape) if x.dim() > 1 else (1, x.numel())
     return Reduction(shape, len(shape) - 1, len(shape) - 2)
-
-
-def _decoded(codes: Tensor) -> Tensor:
-    """E4M3 codes as float32."""
-    return codes.view(torch.float8_e4m3fn).float()
-
-
-def _inverse(codes: Tensor, scale: Tensor) -> Tensor:
-    """``1 / (block scale * scale)``, 0 for a block whose scale rounded to zero: it holds nothing."""
-    product = _decoded(codes) * scale
-    return torch.where(product > 0, product.reciprocal(), 0.0).clamp_max(torch.finfo(torch.float32).max)

@@ -25,7 +25,8 @@ struct WeightPlan {
     int64_t copies, reach;    // matrices of each place in depth and width; rows that each has more than the output
     int64_t parts, stretches; // of the reduction
     int64_t image_parts, parts1;
-    int32_t* sums;            // (group, span, part, panel, output channel, tap, panel's columns)
+    int64_t planes, plane;    // of the gradient's numbers; sums from one to the next
+    int32_t* sums;            // (plane, group, span, part, panel, output channel, tap, panel's columns)
     int64_t* wide;            // the same; null where 32 bits hold every sum
 
     Part stretch(int64_t i) const {
@@ -117,8 +118,10 @@ struct GradientRows {
     int32_t* start;      // -offset times the row's sum
     Lists lists;         // a line: a row
 
-    void read(const WeightPlan& plan, const Part& part, int64_t first, int64_t count, const Sizes& sizes,
-              const int32_t* places) {
+    void read(const WeightPlan& plan, int64_t plane, const Part& part, int64_t first, int64_t count,
+              const Sizes& sizes, const int32_t* places) {
+        Choice how = plan.how;
+        if (how.a.each) how.a.each += 256 * (plane / 2), how.a.upper = plane % 2 != 0;
         rows = count;
         const hb_conv_shape& shape = *plan.shape;
         const bool words = plan.how.method == WORDS;
@@ -144,7 +147,7 @@ struct GradientRows {
                     unpack(*plan.a, at + y * width, n_line, to + (p * sizes.height + y) * whole);
             }
             if (plan.how.method == WINDOW) lists.begin_line(r);
-            start[r] = -plan.how.offset * read_line(plan.how, to, n, data + r * pitch, places, 0, &lists);
+            start[r] = -plan.how.offset * read_line(how, to, n, data + r * pitch, places, 0, &lists);
         }
         if (plan.how.method == WINDOW) lists.begin_line(rows);
     }
@@ -198,9 +201,12 @@ void weight_stretch(const WeightPlan& plan, int64_t group, int64_t span, const P
     RunTile t{};
     t.runs = runs, t.count = planes, t.steps = steps, t.shift = plan.how.shift, t.add = add;
     if (!plan.reach) t.count = 1, t.steps *= planes;
-    for (int64_t block = 0; block < shape.fan_out; block += BLOCK_ROWS) {
+    const int64_t blocks = (shape.fan_out + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int64_t turn = 0; turn < blocks * plan.planes; turn++) {
+        const int64_t block = turn / plan.planes * BLOCK_ROWS, plane = turn % plan.planes;
+        const int64_t rows = least(BLOCK_ROWS, shape.fan_out - block);
         GradientRows g{};
-        g.read(plan, part, group * shape.fan_out + block, least(BLOCK_ROWS, shape.fan_out - block), most_sizes, places);
+        g.read(plan, plane, part, group * shape.fan_out + block, rows, most_sizes, places);
         for (int64_t i = 0; i < panels; i++) {
             const int64_t width = plan.width(first + i);
             const Sizes sizes(plan, part, width);
@@ -209,7 +215,8 @@ void weight_stretch(const WeightPlan& plan, int64_t group, int64_t span, const P
                 const int64_t t0 = tap / kernel[2] / kernel[1], t1 = tap / kernel[2] % kernel[1], t2 = tap % kernel[2];
                 t.b = matrices + i * bytes + plan.rows[t1] * sizes.row +
                       ((t0 * plan.copies + plan.copy[t1]) * kernel[2] + t2) * sizes.matrix;
-                int32_t* to = sums + (i * shape.fan_out * PANEL + block * width) * plan.taps + tap * width;
+                int32_t* to = sums + plane * plan.plane + tap * width +
+                              (i * shape.fan_out * PANEL + block * width) * plan.taps;
                 multiply_gradient(plan, g, to, plan.taps * width, static_cast<int>(width / LANES), &t);
             }
         }
@@ -223,19 +230,24 @@ void weight_task(const WeightPlan& plan, int64_t group, int64_t span, int64_t pa
     const int64_t begin = plan.stretches * part / plan.parts, end = plan.stretches * (part + 1) / plan.parts;
     int32_t* sums = plan.sums + place;
     int64_t since = 0;  // products in the 32-bit sums
-    if (begin == end) std::memset(sums, 0, static_cast<size_t>(size) * 4);
-    if (plan.wide) std::memset(plan.wide + place, 0, static_cast<size_t>(size) * 8);
+    const auto widen = [&](bool add) {
+        for (int64_t p = 0; p < plan.planes; p++)
+            widen_row(sums + p * plan.plane, size, add, plan.wide + place + p * plan.plane);
+    };
+    for (int64_t p = 0; begin == end && p < plan.planes; p++)
+        std::memset(sums + p * plan.plane, 0, static_cast<size_t>(size) * 4);
+    bool any = false;  // in the 64-bit ones
     for (int64_t i = begin; i < end; i++) {
         const Part stretch = plan.stretch(i);
         const int64_t more = stretch.images * stretch.positions();
         if (plan.wide && since && since + more > plan.how.limit) {
-            widen_row(sums, size, true, plan.wide + place);
-            since = 0;
+            widen(any);
+            any = true, since = 0;
         }
         weight_stretch(plan, group, span, stretch, sums, since > 0);
         since += more;
     }
-    if (plan.wide && since) widen_row(sums, size, true, plan.wide + place);
+    if (plan.wide && (since || !any)) widen(any);
 }
 
 // Adds the parts of one output channel and writes them: sums or wide as (tap, I), or the scaled result as (I, tap).
@@ -249,11 +261,12 @@ void store_weight(const WeightPlan& plan, int64_t o, const T* parts, int32_t* su
         const int64_t width = plan.width(panel), have = least(width, fan - panel * PANEL);
         const int64_t span = panel / plan.span, in = panel % plan.span * PANEL;
         for (int64_t t = 0; t < plan.taps; t++) {
-            T line[PANEL] = {};
-            for (int64_t part = 0; part < plan.parts; part++) {
-                const T* from = parts + plan.place(group, span, part) +
+            int64_t line[PANEL] = {};
+            for (int64_t task = 0; task < plan.parts * plan.planes; task++) {
+                const int64_t part = task / plan.planes, plane = task % plan.planes;
+                const T* from = parts + plan.place(group, span, part) + plane * plan.plane +
                                 (plan.shape->fan_out * in + row * width) * plan.taps + t * width;
-                for (int64_t i = 0; i < width; i++) line[i] += from[i];
+                for (int64_t i = 0; i < width; i++) line[i] += int64_t{from[i]} * (int64_t{1} << 8 * plane);
             }
             const int64_t by_column = o * fan + panel * PANEL, by_tap = (o * plan.taps + t) * fan + panel * PANEL;
             for (int64_t i = 0; i < have; i++)
@@ -285,7 +298,8 @@ static int32_t convolve_weight(const hb_codes* a, const hb_codes* b, const hb_co
     const hb_conv_shape* shape = &turned;
     const int64_t taps = shape->kernel[0] * shape->kernel[1] * shape->kernel[2], columns = shape->fan_in;
     WeightPlan plan{given, shape, choose(*a, *b, most(columns, WINDOW_COLUMNS), method), a, b, taps, columns,
-                    padded_columns(columns), 0, 0, nullptr, nullptr, 0, 0, 1, 0, 0, 1, nullptr, nullptr};
+                    padded_columns(columns), 0, 0, nullptr, nullptr, 0, 0, 1, 0, 0, 1, plane_count(a), 0, nullptr,
+                    nullptr};
     // So many panels that unpacking the gradient for them pays.
     plan.span = most(1, SPAN_TAPS / most(1, taps));
     plan.spans = (plan.padded + plan.span * PANEL - 1) / (plan.span * PANEL);
@@ -312,7 +326,8 @@ static int32_t convolve_weight(const hb_codes* a, const hb_codes* b, const hb_co
         plan.stretches = shape->images * out[0] * plan.parts1;
     }
     plan.parts = most(1, least(plan.stretches, (TASKS + tasks - 1) / most(1, tasks)));
-    const int64_t numbers = plan.parts * all * taps * plan.padded;
+    plan.plane = plan.parts * all * taps * plan.padded;
+    const int64_t numbers = plan.planes * plan.plane;
     const bool split = shape->images * volume > plan.how.limit;
     char* memory = shared_scratch.get(static_cast<size_t>(most(1, numbers * (split ? 12 : 4))));
     plan.wide = split ? reinterpret_cast<int64_t*>(memory) : nullptr;

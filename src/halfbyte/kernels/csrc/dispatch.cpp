@@ -95,6 +95,7 @@ const char* hb_build(void) { return HB_BUILD; }
 #include "quantize_table.inc"
 #include "gemm_table.inc"
 #include "stash_table.inc"
+#include "blocks_table.inc"
 #undef HB_FUNCTION
 
 }  // extern "C"

@@ -294,6 +294,23 @@ static int32_t matmul_method(const hb_codes* a, const hb_codes* b, int64_t n, in
     return choose(*a, *b, n, method).method;
 }
 
+static int32_t plane_count(const hb_codes* q) {
+    if (!q->planes) return 1;
+    // A larger code has a larger magnitude, which needs as many planes or more.
+    uint8_t largest = 0;
+    for (int64_t i = 0; i < q->numel; i++) {
+        const uint8_t code = q->codes[i] & 127;
+        largest = code > largest ? code : largest;
+    }
+    int32_t count = 1;
+    for (int c = 0; c <= largest; c++)
+        for (int32_t plane = count; plane < 6; plane++) {
+            const int16_t both = q->planes[256 * (plane / 2) + c];
+            if (plane % 2 ? upper_digit(both) : static_cast<int8_t>(both)) count = plane + 1;
+        }
+    return count;
+}
+
 static int64_t matmul_panels(const hb_codes* b, int32_t b_along, int64_t n, int64_t k, int32_t method, void* panels) {
     Choice how{};
     how.method = static_cast<Method>(method);

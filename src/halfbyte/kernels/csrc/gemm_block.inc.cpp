@@ -35,6 +35,8 @@ Reading reading_of(const hb_codes& q, int offset) {
     how.nibbles = q.bits <= 4;
     how.flip = q.flip;
     how.offset = offset;
+    how.each = q.planes ? q.planes + 256 * (q.plane / 2) : nullptr;
+    how.upper = q.plane % 2 != 0;
     for (int c = 0; c < 16; c++) {
         how.words[c] = q.table[c];
         how.bytes[c] = static_cast<uint8_t>(q.table[c] + offset);

@@ -3,10 +3,6 @@ namespace hb {
 namespace HB_NS {
 namespace {
 
-constexpr int BLOCK = 128;  // codes of one block of the packed layout
-
-HB_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-HB_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 HB_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Memory that a thread keeps and uses again; what is larger than KEPT is given back after use.
@@ -82,10 +78,40 @@ struct Reading {
     uint8_t bytes[16];   // as 8-bit numbers, offset included
     int16_t words[16];
     int flip, offset;    // codes of more than four bits: (code ^ flip) - flip + offset
+    const int16_t* each; // of 256 codes, 16 bits of which one half is read; null for none
+    bool upper;
 };
+
+// The upper digit of 16 bits in two signed ones of 8.
+HB_INLINE int8_t upper_digit(int16_t x) { return static_cast<int8_t>((x + 128) >> 8); }
+
+// n codes to the lower or upper digit of a table of 256, in place.
+HB_INLINE void look_up(const int16_t* table, bool upper, int64_t n, uint8_t* x) {
+    int64_t i = 0;
+#if defined(HB_AVX512VNNI)
+    __m512i part[8];
+    for (int j = 0; j < 8; j++) part[j] = _mm512_loadu_si512(table + 32 * j);
+    for (; i + 32 <= n; i += 32) {
+        const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
+        __m512i found[4];
+        for (int j = 0; j < 4; j++) found[j] = _mm512_permutex2var_epi16(part[2 * j], code, part[2 * j + 1]);
+        const __mmask32 odd = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+        const __mmask32 high = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
+        __m512i word = _mm512_mask_blend_epi16(high, _mm512_mask_blend_epi16(odd, found[0], found[1]),
+                                               _mm512_mask_blend_epi16(odd, found[2], found[3]));
+        if (upper) word = _mm512_srai_epi16(_mm512_add_epi16(word, _mm512_set1_epi16(128)), 8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + i), _mm512_cvtepi16_epi8(word));
+    }
+#endif
+    if (upper)
+        for (; i < n; i++) x[i] = static_cast<uint8_t>(upper_digit(table[x[i]]));
+    else
+        for (; i < n; i++) x[i] = static_cast<uint8_t>(table[x[i]]);
+}
 
 HB_INLINE void read_bytes(const Reading& how, int64_t n, uint8_t* x) {
     int64_t i = 0;
+    if (how.each) return look_up(how.each, how.upper, n, x);
     if (!how.nibbles) {
         const int flip = how.flip, add = how.offset - how.flip;
         for (; i < n; i++) x[i] = static_cast<uint8_t>((x[i] ^ flip) + add);

@@ -73,8 +73,9 @@ HB_EXPORT void hb_encode_grid(const void* x, int32_t dtype, int64_t n, const flo
 // Formats with a sign and an exponent, in one (count = 1) or two (count = 2) formats; two logarithmic formats, the two
 // phases of a gradient, come from one read.
 // rules: for each format five numbers: {0, carry, shift, base, bits of the largest value} for a logarithmic format of
-// radix 2 or 4 and four bits, where the code is clamp(((bits of |x|) + carry) >> shift, base, base + 7) - base; or
-// {1, 0, 0, 0, 0} for E2M1.
+// radix 2 or 4 and four bits, where the code is clamp(((bits of |x|) + carry) >> shift, base, base + 7) - base;
+// {1, 0, 0, 0, 0} for E2M1; or, for any float of up to eight bits with subnormal numbers, {2, bits of the mantissa, bias,
+// bits of the largest value, bits}.
 HB_EXPORT void hb_encode_levels(const void* x, int32_t dtype, int64_t n, const float* inv_scale, int32_t count,
                                 const int32_t* rules, uint8_t* out0, uint8_t* out1, float* range);
 
@@ -118,6 +119,11 @@ struct hb_codes {
     int32_t flip;        // more than four bits: a code stands for (code ^ flip) - flip
     int32_t low, high;   // the smallest and the largest number, at most 4096 in magnitude
     int16_t table[16];   // up to four bits: the number of each code; code 0 stands for 0
+    // 8-bit floats: for each of 256 codes the 16 lowest bits, with a sign, of what it stands for, then the next 16, then
+    // what is left. From these come planes of 8 bits: a code stands for the sum of 2^(8 i) times its number of plane i.
+    // Else null. Only for the first operand, with a second one of at most 32 in magnitude.
+    const int16_t* planes;
+    int32_t plane;       // the one that is read; hb_convolve_weight reads all that are not zero
 };
 
 // sums_BMN = a_BMK b_BKN, exact. Each operand is a batch of row-major matrices, whose rows run along K (a: M x K,
@@ -136,6 +142,9 @@ HB_EXPORT int32_t hb_matmul(const struct hb_codes* a, int32_t a_along, const str
 
 // The method that hb_matmul takes for these operands and N columns.
 HB_EXPORT int32_t hb_matmul_method(const struct hb_codes* a, const struct hb_codes* b, int64_t n, int32_t method);
+
+// Planes of an 8-bit float's codes that are not zero: all below the result.
+HB_EXPORT int32_t hb_plane_count(const struct hb_codes* q);
 
 // Brings one matrix b_KN into the layout that hb_matmul multiplies, for products with many a. Methods 1 and 2 share one
 // layout. Returns the bytes that it takes; where `panels` is null that is all it does.
@@ -200,6 +209,72 @@ HB_EXPORT void hb_norm_sums(const float* grad, const uint8_t* codes, const uint1
 HB_EXPORT void hb_norm_backward(const float* grad, const uint8_t* codes, const uint16_t* steps, int32_t bits,
                                 const uint8_t* positive, int64_t planes, int64_t channels, int64_t size,
                                 const float* of_grad, const float* of_x, const float* shift, float* out);
+
+// ---- block formats (blocks.inc.cpp) ----------------------------------------------------------------------------------
+
+// A tensor is (outer, length, inner), cut along `length` into blocks of `block` elements, the last one perhaps shorter.
+// A grid holds one thing for each block: (outer, ceil(length / block), inner).
+
+// The largest magnitude of each block, to a grid; NaN or infinite where an element is. top: the largest of all (0 for
+// none), or null.
+HB_EXPORT void hb_block_amax(const void* x, int32_t dtype, int64_t outer, int64_t length, int64_t inner, int64_t block,
+                             float* out, float* top);
+
+// NVFP4's scales, as halfbyte.kernels.reference.nv_scales says, of a grid of n largest magnitudes: the tensor's scale,
+// the E4M3 codes of the blocks' and what their elements are multiplied by. `inverse` may be `amax`.
+HB_EXPORT void hb_nv_scales(const float* amax, int64_t n, float limit, float largest, float* scale, uint8_t* codes,
+                            float* inverse);
+
+// MXFP4's E8M0 codes, and factor over the scale. rule: 0 floor, 1 ceil, 2 even, 3 rceil.
+HB_EXPORT void hb_mx_scales(const float* amax, int64_t n, int32_t rule, float factor, uint8_t* codes, float* inverse);
+
+// E2M1 codes of x times its block's number in the grid `inverse`; with `philox` rounded at random, as hb_encode_random's
+// kind 1 is.
+HB_EXPORT void hb_encode_in_blocks(const void* x, int32_t dtype, int64_t outer, int64_t length, int64_t inner,
+                                   int64_t block, const float* inverse, const uint32_t* philox, uint8_t* out);
+
+// ---- rotations (rotate.inc.cpp) -------------------------------------------------------------------------------------
+
+// Groups of `size` (a power of two, at most 256) along `length` times Sylvester's matrix, as
+// halfbyte.kernels.reference.rotate says. signs: `size` of them or null, multiplied before or, if `back`, after.
+// factors[i]: what a group of 2^i is multiplied by.
+HB_EXPORT void hb_rotate(const float* x, int64_t outer, int64_t length, int64_t inner, int32_t size, const float* signs,
+                         int32_t back, const float* factors, float* out);
+
+// ---- products of numbers (numbers.inc.cpp) ---------------------------------------------------------------------------
+
+// The scales of blocks as numbers: E4M3 codes, or if `powers` E8M0 codes over the largest one, whose exponent is
+// returned (else 0). Powers of two that are more than 60 below the largest become 0.
+HB_EXPORT int32_t hb_block_factors(const uint8_t* codes, int64_t n, int32_t powers, float* out);
+
+// The whole numbers of codes times their blocks' factors (null: none). values: 256 numbers for codes of more than four
+// bits, or null where those are whole numbers. Returns 0 if a number other than zero met a factor of zero, else 1.
+HB_EXPORT int32_t hb_decode_numbers(const struct hb_codes* q, const float* values, int64_t outer, int64_t length,
+                                    int64_t inner, int64_t block, const float* factors, float* out);
+
+// The products below are of exact float32 numbers, summed in float64 in an order that depends on shapes alone.
+//   flush   0; or a number of neighbors along the reduction whose products are whole multiples of one unit with a sum
+//           below 2^24 of them: float32 adds those up first. For a convolution along the channels of a group, for its
+//           wgrad along the images. At most 512.
+//   power, scales, twice   the result is float32(sum * 2^power * scales); with `twice` the float32 product of
+//           float32(sum * 2^power) and float32(scales).
+
+// Brings one matrix b into the layout that hb_matmul_numbers multiplies. Returns the bytes that it takes; where `panels`
+// is null that is all it does.
+HB_EXPORT int64_t hb_number_panels(const float* b, int32_t b_along, int64_t n, int64_t k, int64_t flush, void* panels);
+
+// Matrices as for hb_matmul. panels: null, or hb_number_panels' for a batch of 1.
+HB_EXPORT void hb_matmul_numbers(const float* a, int32_t a_along, const float* b, int32_t b_along, const void* panels,
+                                 int64_t batch, int64_t m, int64_t n, int64_t k, int64_t flush, int32_t power,
+                                 double scales, int32_t twice, float* out);
+
+// fprop (a: input, b: weight) or, if `gradient`, dgrad (a: grad_output, b: weight) of a convolution.
+HB_EXPORT void hb_convolve_numbers(const float* a, const float* b, const struct hb_conv_shape* shape, int32_t gradient,
+                                   int64_t flush, int32_t power, double scales, int32_t twice, float* out);
+
+// wgrad (a: grad_output, b: input), as (O, I, taps).
+HB_EXPORT void hb_convolve_weight_numbers(const float* a, const float* b, const struct hb_conv_shape* shape,
+                                          int64_t flush, int32_t power, double scales, int32_t twice, float* out);
 
 #ifdef __cplusplus
 }

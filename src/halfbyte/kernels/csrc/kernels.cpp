@@ -13,6 +13,10 @@
 
 #include "random.inc.cpp"
 
+#include "blocks.inc.cpp"
+
+#include "rotate.inc.cpp"
+
 #include "stash.inc.cpp"
 
 #include "norm.inc.cpp"
@@ -20,6 +24,8 @@
 #include "gemm.inc.cpp"
 
 #include "conv.inc.cpp"
+
+#include "numbers.inc.cpp"
 
 #define HB_TEXT_(x) #x
 #define HB_TEXT(x) HB_TEXT_(x)
@@ -34,6 +40,7 @@ const Table table = {
 #include "quantize_table.inc"
 #include "gemm_table.inc"
 #include "stash_table.inc"
+#include "blocks_table.inc"
 #undef HB_FUNCTION
 };
 

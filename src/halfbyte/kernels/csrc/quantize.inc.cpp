@@ -58,6 +58,26 @@ struct E2m1 {
     }
 };
 
+// Any float of few bits with subnormal numbers. rule: {2, bits of the mantissa, bias, bits of the largest value, bits}.
+struct Minifloat {
+    vi largest, smallest, half, from, sign;
+    int cut, sign_shift;
+    float to_whole;
+
+    explicit Minifloat(const int32_t* rule)
+        : largest(splat(rule[3])), smallest(splat((128 - rule[2]) << 23)), half(splat((1 << (22 - rule[1])) - 1)),
+          from(splat((127 - rule[2]) << rule[1])), sign(splat(1 << (rule[4] - 1))), cut(23 - rule[1]),
+          sign_shift(32 - rule[4]), to_whole(float_of(splat((126 + rule[2] + rule[1]) << 23))[0]) {}
+
+    HB_INLINE vi operator()(vf scaled) const {
+        const vi bits = bits_of(scaled), magnitude = vmin(bits & 0x7fffffff, largest);
+        // Below the smallest normal number the codes are whole multiples of one unit.
+        const vi below = bits_of(float_of(magnitude) * to_whole + MAGIC) & 0xff;
+        const vi above = ((((magnitude >> cut) & 1) + magnitude + half) >> cut) - from;
+        return (magnitude < smallest ? below : above) | ((bits >> sign_shift) & sign);
+    }
+};
+
 // ---- walking over blocks --------------------------------------------------------------------------------------------
 
 // Numbers i ... i + 127 of which only `count` exist: a copy filled up with the last one, so that no range changes.
@@ -162,20 +182,40 @@ static void encode_grid(const void* x, int32_t dtype, int64_t n, const float* lo
 
 // ---- formats with a sign and an exponent ----------------------------------------------------------------------------
 
-template <class Rule>
-static void encode_by(const Rule& rule, const void* x, int32_t dtype, int64_t n, float inv_scale, uint8_t* out,
-                      SharedRange* all) {
+template <int D, bool NIBBLES, class Rule>
+HB_INLINE void encode_by(const Rule& rule, const void* x, int64_t n, int64_t begin, int64_t end, vf scale, uint8_t* out,
+                         Range* seen) {
+    if (seen)
+        encode_blocks<D, 1, NIBBLES>(x, n, begin, end, &out,
+                                     [&](vf v, vi* c, int64_t) { seen->see(v), c[0] = rule(v * scale); });
+    else
+        encode_blocks<D, 1, NIBBLES>(x, n, begin, end, &out, [&](vf v, vi* c, int64_t) { c[0] = rule(v * scale); });
+}
+
+// By a rule whose numbers are known at run time.
+template <int D>
+static void encode_rule(const int32_t* rule, const void* x, int64_t n, int64_t begin, int64_t end, vf scale,
+                        uint8_t* out, Range* seen) {
+    if (rule[0] == 0) encode_by<D, true>(Log(rule), x, n, begin, end, scale, out, seen);
+    else if (rule[0] == 1) encode_by<D, true>(E2m1(rule), x, n, begin, end, scale, out, seen);
+    else if (rule[4] > 4) encode_by<D, false>(Minifloat(rule), x, n, begin, end, scale, out, seen);
+    else encode_by<D, true>(Minifloat(rule), x, n, begin, end, scale, out, seen);
+}
+
+constexpr int64_t AT_A_TIME = 64;  // blocks that one rule after another encodes, while they are in the cache
+
+static void encode_each(const void* x, int32_t dtype, int64_t n, float inv_scale, int32_t count, const int32_t* rules,
+                        uint8_t* const* outs, SharedRange* all) {
     const vf scale = splat(inv_scale);
     with_dtype(dtype, [&](auto d) {
         parallel_for(blocks_of(n), GRAIN, [&](int64_t begin, int64_t end) {
             Range seen;
-            if (all) {
-                encode_blocks<d, 1, true>(x, n, begin, end, &out,
-                                          [&](vf v, vi* c, int64_t) { seen.see(v), c[0] = rule(v * scale); });
-                all->merge(seen);
-            } else {
-                encode_blocks<d, 1, true>(x, n, begin, end, &out, [&](vf v, vi* c, int64_t) { c[0] = rule(v * scale); });
+            for (int64_t b = begin; b < end; b += AT_A_TIME) {
+                const int64_t stop = least(end, b + AT_A_TIME);
+                for (int k = 0; k < count; ++k)
+                    encode_rule<d>(rules + 5 * k, x, n, b, stop, scale, outs[k], all && !k ? &seen : nullptr);
             }
+            if (all) all->merge(seen);
         });
     });
 }
@@ -209,10 +249,7 @@ static void encode_levels(const void* x, int32_t dtype, int64_t n, const float* 
     if (count == 2 && rules[0] == 0 && rules[5] == 0) {
         encode_pair(Log(rules), Log(rules + 5), x, dtype, n, *inv_scale, outs, seen);
     } else {
-        for (int k = 0; k < count; ++k, rules += 5) {
-            if (rules[0] == 0) encode_by(Log(rules), x, dtype, n, *inv_scale, outs[k], k ? nullptr : seen);
-            else encode_by(E2m1(rules), x, dtype, n, *inv_scale, outs[k], k ? nullptr : seen);
-        }
+        encode_each(x, dtype, n, *inv_scale, count, rules, outs, seen);
     }
     if (range && n) all.write(range);
     else if (range) range[0] = range[1] = 0.0f;

@@ -1,7 +1,8 @@
 // The functions that exist once for each instruction set, as a table of pointers.
 //
-// The lists *_table.inc hold one HB_FUNCTION(result, name, (parameters), (arguments)) for each. From them come this struct, the tables that kernels.cpp fills, and the exported functions hb_<name>, which
-// halfbyte.h declares: a list and a declaration that disagree do not compile.
+// The lists *_table.inc hold one HB_FUNCTION(result, name, (parameters), (arguments)) for each. From them come this
+// struct, the tables that kernels.cpp fills, and the exported functions hb_<name>, which halfbyte.h declares: a list and
+// a declaration that disagree do not compile.
 #ifndef HB_TABLE_H
 #define HB_TABLE_H
 
@@ -15,6 +16,7 @@ struct Table {
 #include "quantize_table.inc"
 #include "gemm_table.inc"
 #include "stash_table.inc"
+#include "blocks_table.inc"
 #undef HB_FUNCTION
 };
 

@@ -25,6 +25,9 @@ typedef float half_vf __attribute__((vector_size(2 * W)));       // W / 2 lanes
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef uint8_t quarter_vb __attribute__((vector_size(W)));
 
+HB_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+HB_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 HB_INLINE vf splat(float x) { return x - vf{}; }
 HB_INLINE vi splat(int32_t x) { return x - vi{}; }
 HB_INLINE vi bits_of(vf x) { return (vi)x; }

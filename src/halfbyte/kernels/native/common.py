@@ -29,9 +29,10 @@ __all__ = [
 HANDED_OVER: dict[str, str] = {
     "any function": "tensors on other devices than the CPU, or of other types than float32, bfloat16 and float16",
     "moments, stable_sum": "the same, but float64 is computed here",
-    "encode, encode_each": "formats other than integers, radix 2 and 4 of four bits, and E2M1",
+    "encode, encode_each": "formats other than integers, radix 2 and 4 of four bits, and floats of up to eight bits",
     "encode_stochastic": "formats other than signed integers, radix 2 and 4 of four bits, and E2M1",
     "clip_backward": "gradients that are not contiguous",
+    "rotate": "groups of more than 256 numbers",
     "has_nonfinite": "always: two numbers",
 }
 """What `reference` does instead of the library: function, and for what."""

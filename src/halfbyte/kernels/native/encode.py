@@ -39,22 +39,34 @@ def _encode_grid_op(
 @operator(
     "encode_levels(Tensor x, Tensor inv_scale, int[] rules) -> (Tensor, Tensor, Tensor)",
     fake=lambda x, _inv_scale, rules: (
-        empty_codes(x, 4),
-        empty_codes(x, 4) if len(rules) > 5 else x.new_empty(0, dtype=torch.uint8),
+        empty_codes(x, _bits(rules)),
+        empty_codes(x, _bits(rules[5:])) if len(rules) > 5 else x.new_empty(0, dtype=torch.uint8),
         x.new_empty(2, dtype=torch.float32),
     ),
 )
 def _encode_levels_op(x: Tensor, inv_scale: Tensor, rules: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Codes in one or two formats, the second empty if there is one, and the range."""
     x, count = x.contiguous(), len(rules) // 5
-    first = codes_memory(x, 4)
-    second = codes_memory(x, 4) if count == 2 else torch.empty(0, dtype=torch.uint8)
+    first = codes_memory(x, _bits(rules))
+    second = codes_memory(x, _bits(rules[5:])) if count == 2 else torch.empty(0, dtype=torch.uint8)
     found = torch.empty(2)
     _encode_levels(
         address(x), DTYPES[x.dtype], x.numel(), address(inv_scale), count, numbers_in_c(rules),
         address(first), address(second), address(found),
     )  # fmt: skip
     return first, second, found
+
+
+_MINIFLOAT = 2
+"""The kind of rule that ends with the width of its codes; those of others have four bits."""
+
+
+_LARGEST_BIAS = 100
+"""Below it a format's smallest number is a normal one of float32."""
+
+
+def _bits(rule: Sequence[int]) -> int:
+    return rule[4] if rule[0] == _MINIFLOAT else 4
 
 
 @constant
@@ -65,8 +77,11 @@ def level_rule(fmt: Format) -> tuple[int, ...] | None:
 
 @cache
 def _level_rule(fmt: Format) -> tuple[int, ...] | None:
+    (largest,) = struct.unpack("<i", struct.pack("<f", fmt.max))
     if fmt == fp4_e2m1:
         return 1, 0, 0, 0, 0
+    if fmt.kind == "float" and abs(fmt.bias) < _LARGEST_BIAS:
+        return _MINIFLOAT, fmt.mantissa_bits, fmt.bias, largest, fmt.bits
     if fmt.kind != "log" or fmt.radix not in (2, 4) or fmt.bits != 4:
         return None
     one = 1 << 23
@@ -76,7 +91,6 @@ def _level_rule(fmt: Format) -> tuple[int, ...] | None:
         carry, shift, base = one // 2, 23, 127 - fmt.bias
     if fmt.phase is Phase.ODD:
         carry += one
-    (largest,) = struct.unpack("<i", struct.pack("<f", fmt.max))
     return 0, carry, shift, base, largest
 
 

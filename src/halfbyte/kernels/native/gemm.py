@@ -1,7 +1,8 @@
 """The three GEMMs on packed codes, by the native library: equal to `halfbyte.kernels.reference` bit for bit.
 
-A product of whole numbers is exact in any order, so the library may choose its arithmetic by the operands. What it has
-no kernel for goes to the reference; `REFERENCE_CASES` lists what that is.
+A product of whole numbers is exact in any order, so the library may choose its arithmetic by the operands. What has
+scales for blocks or 8-bit floats is summed in float64 (`numbers`). What has no kernel goes to the reference;
+`REFERENCE_CASES` lists what that is.
 """
 
 from __future__ import annotations
@@ -21,52 +22,33 @@ from .. import reference
 from ..geometry import Batched, Conv, ConvTranspose, Gemm, Geometry, Linear
 from ..reference.gemm import Accumulate, centered, output_scale
 from .library import INT32, INT64, POINTER, address, function, library
+from .numbers import Numbers, in_numbers
+from .numbers import product as product_of_numbers
+from .operands import Codes, codes_of, conv_shape, is_float8, readable, three
 
 __all__ = ["REFERENCE_CASES", "Prepared", "accumulators", "computed_by", "gemm", "prepare", "reference_case"]
 
 _INT32_SUMS = 1 << 31
 _INT64_SUMS = 1 << 63
-_LARGEST = 4096
-"""The largest magnitude that the kernels read: a 16-bit product of two fits 32 bits many times."""
-
 _MOST_PANELS = 64 << 20
 """Bytes of panels that a `Prepared` operand may hold in one layout; a larger one is packed anew for each product."""
 
-_WORDS = 3
-"""The method that multiplies 16-bit numbers, whose panels have a layout of their own."""
+_BYTES, _WORDS = 1, 3
+"""The methods that multiply 8-bit and 16-bit numbers, whose panels have a layout of their own."""
+
+_PLANE = 128
+"""The largest magnitude in a plane of an 8-bit float."""
+
+_LARGEST_BESIDE_PLANES = 32
+"""The largest magnitude in the other operand of planes: see ``hb_codes``."""
 
 _SLAB = 1024
 """Positions that wgrad of a convolution sums at a time (STRETCH of conv_weight.inc.cpp)."""
 
 
-class Codes(ctypes.Structure):
-    """``hb_codes`` of halfbyte.h."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("bits", ctypes.c_int32),
-        ("flip", ctypes.c_int32),
-        ("low", ctypes.c_int32),
-        ("high", ctypes.c_int32),
-        ("table", ctypes.c_int16 * 16),
-    )
-
-
-class ConvShape(ctypes.Structure):
-    """``hb_conv_shape`` of halfbyte.h."""
-
-    _fields_ = (
-        ("images", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("fan_in", ctypes.c_int64),
-        ("fan_out", ctypes.c_int64),
-        *((name, ctypes.c_int64 * 3) for name in ("input", "output", "kernel", "stride", "padding", "dilation")),
-    )
-
-
 _matmul = function("matmul", *(POINTER, INT32) * 2, POINTER, *[INT64] * 4, *[POINTER] * 4, ctypes.c_double, INT32)
 _matmul_method = function("matmul_method", POINTER, POINTER, INT64, INT32, result=INT32)
+_plane_count = function("plane_count", POINTER, result=INT32)
 _matmul_panels = function("matmul_panels", POINTER, INT32, INT64, INT64, INT32, POINTER, result=INT64)
 
 
@@ -74,34 +56,17 @@ _matmul_panels = function("matmul_panels", POINTER, INT32, INT64, INT64, INT32, 
 class Prepared(QTensor):
     """A second operand that many products share. The panels that a kernel makes of it are kept from the first on.
 
-    They take 1 or 2 bytes a code and live as long as this object; the codes must not change meanwhile.
+    They take 1 or 2 bytes a code, those of numbers 4 or 8, and live as long as this object; the codes must not change
+    meanwhile.
     """
 
     panels: dict[object, Tensor] = field(default_factory=dict, init=False)
+    numbers: dict[object, Numbers] = field(default_factory=dict, init=False)
 
 
 def prepare(b: QTensor) -> QTensor:
     """The same operand, ready for many products: see `Prepared`."""
     return Prepared(b.qdata, b.scale, b.format, b.shape, b.zero_point, b.block_scale, b.blocks)
-
-
-@cache
-def _described(fmt: Format) -> bytes:
-    """The ``hb_codes`` of a format, without a tensor."""
-    whole = [i or 0 for i in fmt.integers]
-    table = (whole + [0] * 16)[:16] if fmt.bits <= 4 else [0] * 16
-    flip = 1 << (fmt.bits - 1) if fmt.signed else 0
-    return bytes(Codes(None, 0, fmt.bits, flip, min(whole), max(whole), (ctypes.c_int16 * 16)(*table)))
-
-
-def _codes(q: QTensor) -> Codes:
-    codes = Codes.from_buffer_copy(_described(q.format))
-    codes.codes, codes.numel = q.qdata.data_ptr(), q.numel
-    return codes
-
-
-def _readable(fmt: Format) -> bool:
-    return fmt.kind != "scale" and (fmt.bits <= 4 or fmt.kind == "int") and fmt.max_integer <= _LARGEST
 
 
 def _bound(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> int:
@@ -113,20 +78,44 @@ def _few(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> bool:
     """Whether a convolution's wgrad would have to empty its 32-bit sums within one stretch of positions."""
     if which != "wgrad" or not isinstance(geometry, Conv) or _bound(which, a, b, geometry) < _INT32_SUMS:
         return False
-    stretch = max(_SLAB, _three(geometry.output_shape[2:], 1)[2] + 3)
-    return stretch * a.format.max_integer * b.format.max_integer >= _INT32_SUMS
+    largest = _PLANE if is_float8(a.format) else a.format.max_integer
+    stretch = max(_SLAB, three(geometry.output_shape[2:], 1)[2] + 3)
+    return stretch * largest * b.format.max_integer >= _INT32_SUMS
+
+
+def _whole(a: QTensor, b: QTensor) -> bool:
+    """Whether a product is one of whole numbers under one scale each."""
+    return all(readable(q.format) and q.blocks is None for q in (a, b))
+
+
+def _in_planes(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> bool:
+    """Whether a product is wgrad's of an 8-bit float, in planes of whole numbers, with whole numbers."""
+    whole = which == "wgrad" and is_float8(a.format)
+    whole = whole and readable(b.format) and b.format.max_integer <= _LARGEST_BESIDE_PLANES
+    plain = all(q.blocks is None and q.zero_point is None and q.qdata.is_cpu for q in (a, b))
+    return whole and plain and _bound(which, a, b, geometry) < _INT64_SUMS and not _few(which, a, b, geometry)
 
 
 REFERENCE_CASES: dict[str, Callable[[Gemm, QTensor, QTensor, Geometry], bool]] = {
     "a device other than the CPU": lambda _which, a, b, _geo: {a.qdata.device.type, b.qdata.device.type} != {"cpu"},
-    "a scale for each block": lambda _which, a, b, _geo: a.blocks is not None or b.blocks is not None,
-    "8-bit floats, or 4-bit formats that reach beyond 4096": lambda _which, a, b, _geo: (
-        not (_readable(a.format) and _readable(b.format))
+    "scales of blocks that are float32": lambda _which, a, b, _geo: any(
+        q.blocks is not None and q.blocks.scale_format is None for q in (a, b)
     ),
-    "sums beyond 63 bits": lambda which, a, b, geo: _bound(which, a, b, geo) >= _INT64_SUMS,
-    "wgrad of a convolution that passes 31 bits within 1,024 products": _few,
+    "a zero point beside scales of blocks or an 8-bit float": lambda _which, a, b, _geo: (
+        not _whole(a, b) and not (a.zero_point is None and b.zero_point is None)
+    ),
+    "an 8-bit float with integers whose sums may pass 53 bits, or a format that reaches beyond 4096": (
+        lambda which, a, b, geo: not (_whole(a, b) or in_numbers(which, a, b, geo) or _in_planes(which, a, b, geo))
+    ),
+    "sums beyond 63 bits": lambda which, a, b, geo: _whole(a, b) and _bound(which, a, b, geo) >= _INT64_SUMS,
+    "wgrad of a convolution that passes 31 bits within 1,024 products": lambda which, a, b, geo: (
+        _whole(a, b) and _few(which, a, b, geo)
+    ),
 }
-"""What has no kernel, besides operands in floating point and ``accumulate`` other than ``"exact"``: words, and test."""
+"""What has no kernel, besides operands in floating point and ``accumulate`` other than ``"exact"``: words, and test.
+
+Blocks of powers of two go to the reference, too, where one that is not empty lies more than 60 powers below another.
+"""
 
 
 def reference_case(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> str | None:
@@ -155,6 +144,11 @@ def gemm(
     assert isinstance(a, QTensor)
     assert isinstance(b, QTensor)
     which, a, b, geometry = _mirrored(which, a, b, geometry)
+    if _in_planes(which, a, b, geometry):
+        return _product_of_planes(which, a, b, geometry)
+    if not _whole(a, b):
+        found = product_of_numbers(which, a, b, geometry)
+        return reference.gemm(which, a, b, geometry) if found is None else found
     if a.zero_point is None and b.zero_point is None:
         return _product(which, a, b, geometry, scaled=True)
     sums = _product(which, a, b, geometry).double()
@@ -164,7 +158,7 @@ def gemm(
 def accumulators(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
     """The exact sums of products of the operands' integers: see `halfbyte.kernels.reference.accumulators`. float64."""
     which, a, b, geometry = _mirrored(which, a, b, geometry)
-    if reference_case(which, a, b, geometry) is not None:
+    if not _whole(a, b) or reference_case(which, a, b, geometry) is not None:
         return reference.accumulators(which, a, b, geometry)
     return _product(which, a, b, geometry).double()
 
@@ -187,6 +181,20 @@ def _product(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry, scaled: bo
     return _multiply(which, a, b, geometry, scaled, wide, method)
 
 
+def _product_of_planes(which: Gemm, a: QTensor, b: QTensor, geometry: Geometry) -> Tensor:
+    """float32(sum) * `output_scale` where the first operand is an 8-bit float."""
+    if isinstance(geometry, Conv):
+        return _weight_gradient(which, a, b, geometry, output_scale(a, b), wide=True, method=_BYTES)
+    assert isinstance(geometry, Linear | Batched)
+    wide = geometry.reduction(which) * _PLANE * b.format.max_integer >= _INT32_SUMS
+    total: Tensor | None = None
+    for plane in range(_plane_count(ctypes.byref(codes_of(a)))):
+        sums = _multiply(which, a, b, geometry, scaled=False, wide=wide, method=_BYTES, plane=plane).long()
+        total = sums if total is None else total.add_(sums, alpha=1 << 8 * plane)
+    assert total is not None
+    return total.float().mul_(output_scale(a, b))
+
+
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
@@ -199,7 +207,14 @@ def _scaled(sums: Tensor, wide: Tensor | None, scale: Tensor | None) -> Tensor:
 
 
 def _multiply(
-    which: Gemm, a: QTensor, b: QTensor, geometry: Linear | Batched, scaled: bool, wide: bool, method: int
+    which: Gemm,
+    a: QTensor,
+    b: QTensor,
+    geometry: Linear | Batched,
+    scaled: bool,
+    wide: bool,
+    method: int,
+    plane: int = 0,
 ) -> Tensor:
     """A product of matrices. What lies row-major runs along the reduction where that is its last dimension."""
     if isinstance(geometry, Batched):
@@ -215,7 +230,8 @@ def _multiply(
     }[which]
     sums = torch.empty((*batch, m, n), dtype=torch.int32)
     wider = torch.empty((*batch, m, n), dtype=torch.int64) if wide else None
-    codes_a, codes_b = _codes(a), _codes(b)
+    codes_a, codes_b = codes_of(a), codes_of(b)
+    codes_a.plane = plane
     panels: Tensor | None = None
     if isinstance(b, Prepared) and not (batch or wide):
         method = _matmul_method(ctypes.byref(codes_a), ctypes.byref(codes_b), n, method)
@@ -259,9 +275,9 @@ def _convolve(
     sums = torch.empty(0 if wide else shape, dtype=torch.int32)
     wider = torch.empty(shape, dtype=torch.int64) if wide else None
     library().hb_convolve(
-        ctypes.byref(_codes(a)),
-        ctypes.byref(_codes(b)),
-        ctypes.byref(_conv_shape(geometry)),
+        ctypes.byref(codes_of(a)),
+        ctypes.byref(codes_of(b)),
+        ctypes.byref(conv_shape(geometry)),
         ctypes.c_int32(which == "dgrad"),
         *map(_pointer, (sums, wider, scale)),
         ctypes.c_int32(method),
@@ -279,34 +295,10 @@ def _weight_gradient(
     sums = torch.empty(shape, dtype=torch.int64 if wide else torch.int32)
     result = None if scale is None else torch.empty(geometry.weight_shape)
     library().hb_convolve_weight(
-        ctypes.byref(_codes(a)),
-        ctypes.byref(_codes(b)),
-        ctypes.byref(_conv_shape(geometry)),
+        ctypes.byref(codes_of(a)),
+        ctypes.byref(codes_of(b)),
+        ctypes.byref(conv_shape(geometry)),
         *map(_pointer, (None if wide else sums, sums if wide else None, scale, result)),
         ctypes.c_int32(method),
     )
     return sums.transpose(1, 2).reshape(geometry.weight_shape) if result is None else result
-
-
-def _three(lengths: tuple[int, ...], missing: int) -> tuple[int, int, int]:
-    """Lengths in depth, height and width. One dimension is the height, along which a kernel can be cut."""
-    if len(lengths) == 1:
-        return (missing, lengths[0], missing)
-    depth, height, width = (missing,) * (3 - len(lengths)) + lengths
-    return (depth, height, width)
-
-
-@cache
-def _conv_shape(geometry: Conv) -> ConvShape:
-    groups = geometry.groups
-    out, fan_in = geometry.weight_shape[:2]
-    spatial = (
-        (geometry.input_shape[2:], 1),
-        (geometry.output_shape[2:], 1),
-        (geometry.weight_shape[2:], 1),
-        (geometry.stride, 1),
-        (geometry.padding, 0),
-        (geometry.dilation, 1),
-    )
-    triples = [(ctypes.c_int64 * 3)(*_three(lengths, missing)) for lengths, missing in spatial]
-    return ConvShape(geometry.input_shape[0], groups, fan_in, out // groups, *triples)

@@ -14,7 +14,7 @@ from .common import DTYPES, codes_memory, empty_codes, is_mine, number, numbers_
 from .encode import ends, level_rule
 from .library import INT32, INT64, POINTER, address, constant, function, operator, uint32s
 
-__all__ = ["encode_drawn", "encode_stochastic", "uniform"]
+__all__ = ["encode_drawn", "encode_stochastic", "philox", "uniform"]
 
 _uniform = function("uniform", POINTER, INT64, POINTER)
 _encode_random = function("encode_random", POINTER, INT32, INT64, POINTER, INT32, POINTER, POINTER, POINTER, POINTER)
@@ -61,6 +61,11 @@ def _words(draw: Draw, part: int) -> list[int]:
     return [word & 0xFFFFFFFF for word in (*key, draw.layer, draw.operand | part << 8)]
 
 
+def philox(draw: Draw, part: int) -> object:
+    """What Philox's key and counter are made of, as an array in C."""
+    return _philox(draw.step, _words(draw, part))
+
+
 def _philox(step: Tensor, words: Sequence[int]) -> object:
     return uint32s([words[0], words[1], int(step), words[2], words[3]])
 
@@ -72,7 +77,7 @@ def _random_rule(fmt: Format, code_range: tuple[int, int] | None) -> tuple[int, 
         return 0, (*ends(fmt, code_range), fmt.bits)
     if fmt == fp4_e2m1:
         return 1, ()
-    if level_rule(fmt) is not None:
+    if fmt.kind == "log" and level_rule(fmt) is not None:
         return 2, (fmt.radix // 2, fmt.bias, int(fmt.phase is Phase.ODD))
     return None
 
