@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import re
 import shlex
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
+import torch
 
 from halfbyte.nn import TWINS
+from halfbyte.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -17,15 +24,39 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"<!-- not run:(.*?)-->", flags=re.DOTALL)
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)", flags=re.MULTILINE)
 COMMAND = re.compile(r"`((?:\./dev|halfbyte) [^`]+)`")
 
+LANGUAGES = {"python", "bash", "json", "text"}
+SLOW = {"docs/how-to/export.md", "docs/how-to/trainers.md", "docs/notebooks/train-and-read.md"}
+"""Pages whose code takes more than about ten seconds where something else runs: they import graphs, other trainers."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the number of its first line, its text, and why it is not run, if it is marked."""
+
+    language: str
+    line: int
+    text: str
+    reason: str
+
+
+def all_blocks(text: str) -> Iterator[Block]:
+    """Every fenced block of a page. A mark counts for the block that follows it directly."""
+    for match in FENCE.finditer(text):
+        before = text[: match.start()].rstrip()
+        marks = [mark for mark in MARK.finditer(before) if mark.end() == len(before)]
+        reason = " ".join(marks[0][1].split()) if marks else ""
+        yield Block(match[1], text.count("\n", 0, match.start(2)) + 1, match[2], reason)
+
 
 def blocks(text: str, language: str) -> Iterator[tuple[int, str]]:
-    """The fenced blocks of one language, each with the number of its first line."""
-    for match in FENCE.finditer(text):
-        if match[1] == language:
-            yield text.count("\n", 0, match.start(2)) + 1, match[2]
+    """The blocks of one language that are not marked, each with the number of its first line."""
+    for block in all_blocks(text):
+        if block.language == language and not block.reason:
+            yield block.line, block.text
 
 
 def name_of(page: Path) -> str:
@@ -33,31 +64,64 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def pages_with(language: str) -> list[Path]:
+def pages_with(language: str) -> list[object]:
     """The pages that hold a block of this language."""
-    return [page for page in PAGES if any(blocks(page.read_text(), language))]
+    pages = [page for page in PAGES if any(blocks(page.read_text(), language))]
+    slow = pytest.mark.slow if language == "python" else ()
+    return [pytest.param(page, marks=slow if name_of(page) in SLOW else (), id=name_of(page)) for page in pages]
 
 
-@pytest.mark.parametrize("page", pages_with("python"), ids=name_of)
+def test_blocks_are_told_apart() -> None:
+    """The reader of blocks, on which this file rests, sees language, line and mark of each."""
+    text = "a\n\n```python\nx\n```\n\n<!-- not run: needs\ntwo -->\n\n```python\ny\n```\n```\nz\n```\n"
+    assert list(all_blocks(text)) == [
+        Block("python", 4, "x\n", ""),
+        Block("python", 11, "y\n", "needs two"),
+        Block("", 14, "z\n", ""),
+    ]
+    assert list(blocks(text, "python")) == [(4, "x\n")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_is_run_or_says_why_not(page: Path) -> None:
+    """A block is of a language that a test here knows; a mark stands before a block and gives its reason in words."""
+    text = page.read_text()
+    marked = [block for block in all_blocks(text) if block.reason]
+    assert len(MARK.findall(text)) == len(marked), f"{name_of(page)}: a mark without a reason, or not before a block"
+    short = [block.reason for block in marked if len(block.reason.split()) < 4]
+    assert not short, f"{name_of(page)}: {short} are no reasons"
+    strange = {block.language for block in all_blocks(text)} - LANGUAGES
+    assert not strange, f"{name_of(page)}: blocks of {strange}, which no test runs; possible: {sorted(LANGUAGES)}"
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """What a page adds to halfbyte's own tables is gone for the next test, and so are filters of warnings."""
+    tables: list[dict[object, object]] = [TWINS, RECIPES]  # type: ignore[list-item]
+    known = [dict(table) for table in tables]
+    with warnings.catch_warnings(), contextlib.ExitStack() as after:
+        after.callback(torch.set_num_threads, torch.get_num_threads())
+        yield
+    for table, before in zip(tables, known, strict=True):
+        table.clear()
+        table.update(before)
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+@pytest.mark.usefixtures("untouched")
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader who runs a page's Python blocks from top to bottom sees no error and no warning."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
-    known = dict(TWINS)
-    try:
-        for line, block in blocks(page.read_text(), "python"):
-            # The empty lines in front make a traceback name the line of the page.
-            exec(compile("\n" * (line - 1) + block, page, "exec"), namespace)
-    finally:
-        # A page may make a layer of its own convertible; the other tests must not see it.
-        TWINS.clear()
-        TWINS.update(known)
+    for line, block in blocks(page.read_text(), "python"):
+        # The empty lines in front make a traceback name the line of the page.
+        exec(compile("\n" * (line - 1) + block, page, "exec"), namespace)
 
 
-def shell_lines(page: Path) -> list[list[str]]:
+def shell_lines(text: str) -> list[list[str]]:
     """The words of each command in a page's bash blocks; comments dropped, continued lines joined."""
-    text = "\n".join(block.replace("\\\n", " ") for _, block in blocks(page.read_text(), "bash"))
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    joined = "\n".join(block.replace("\\\n", " ") for _, block in blocks(text, "bash"))
+    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def misused_options(words: list[str]) -> list[str]:
@@ -75,15 +139,77 @@ def misused_options(words: list[str]) -> list[str]:
     return [word for word in rest if word.startswith("-") and word.split("=")[0] not in known | {"--help"}]
 
 
-@pytest.mark.parametrize("page", pages_with("bash"), ids=name_of)
+def own_command(words: list[str]) -> list[str]:
+    """The `halfbyte ...` command in a line of words, from `-m halfbyte` on where another starts it; empty if none."""
+    if words[:1] == ["halfbyte"]:
+        return words
+    return words[words.index("halfbyte") :] if "-m halfbyte" in " ".join(words) and "halfbyte" in words else []
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
 def test_commands_exist(page: Path) -> None:
-    """Every `halfbyte` and `./dev` command in a bash block names a command and options that exist."""
+    """Every command in a bash block is ours with options that exist, a script or module that is there, or pip."""
     known = set(re.findall(r"^  ([a-z]+)\)", (ROOT / "dev").read_text(), flags=re.MULTILINE))
-    for words in shell_lines(page):
-        if words[0] == "./dev":
-            assert words[1] in known, f"{name_of(page)}: there is no {' '.join(words)}"
-        if words[0] == "halfbyte":
-            assert not misused_options(words), f"{name_of(page)}: {shlex.join(words)}: no {misused_options(words)}"
+    for line in shell_lines(page.read_text()):
+        words = [word for word in line if not re.match(r"[A-Z_]+=", word)]
+        said = f"{name_of(page)}: {shlex.join(words)}"
+        if own := own_command(words):
+            assert not misused_options(own), f"{said}: no {misused_options(own)}"
+        elif words[0] == "./dev":
+            assert words[1] in known, f"{said}: there is no such command"
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), f"{said}: there is no such module"
+        elif words[0] in ("python", "torchrun"):
+            script = next(word for word in words[1:] if not word.startswith("-"))
+            assert (ROOT / script).is_file(), f"{said}: there is no such file"
+        else:
+            assert words[0] in ("pip", "tensorboard"), f"{said}: whose command is that?"
+
+
+def why_only_parsed(words: list[str]) -> str:
+    """Why a command of ours is not run here; empty if it is."""
+    name, rest = words[1], words[2:]
+    if name in ("bench", "hw", "quantize"):
+        return "takes minutes, or a file of the reader's; it has tests of its own"
+    if name == "report":
+        return "tests/test_readme.py runs it"
+    if any(re.fullmatch(r"[A-Z]+", word) for word in rest):
+        return "has a place that the reader fills in"
+    if name in ("compare", "train", "audit") and rest[0] != "digits":
+        return "needs data, or a file of the reader's"
+    return "starts processes, which do not see that the digits were made few" if "--jobs" in rest else ""
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task of the digits under every size in one pass over 64 pictures, so that commands run as they stand."""
+    tasks = pytest.importorskip("halfbyte.lab.tasks", reason="the tasks need the extra 'lab'")
+    few = replace(tasks.get("digits").settings("cpu"), epochs=1, batch_size=32, examples=64, test_examples=32)
+    digits = replace(tasks.get("digits"), sizes=MappingProxyType(dict.fromkeys(tasks.SIZES, few)))
+    monkeypatch.setattr(tasks, "TASKS", MappingProxyType({**tasks.TASKS, "digits": digits}))
+
+
+def runnable() -> list[object]:
+    """The pages that hold a command of ours that can be run here."""
+    found = []
+    for page in PAGES:
+        own = [words for words in shell_lines(page.read_text()) if words[0] == "halfbyte"]
+        if any(not why_only_parsed(words) for words in own):
+            found.append(pytest.param(page, id=name_of(page)))
+    return found
+
+
+@pytest.mark.parametrize("page", runnable())
+@pytest.mark.usefixtures("few_digits", "untouched")
+def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's commands as they stand there, in order, end well: with few digits, and if nothing else is needed."""
+    from halfbyte.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    for words in shell_lines(page.read_text()):
+        if words[0] == "halfbyte" and not why_only_parsed(words):
+            assert main(words[1:]) == 0, f"{name_of(page)}: {shlex.join(words)}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -24,6 +24,7 @@ __all__ = [
     "SIZE",
     "STASH",
     "STRATEGY",
+    "TASK",
     "TENSORBOARD",
     "Console",
     "app",
@@ -41,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+TASK = "The task: digits, for example, or module:task for one of your own, in the working folder."
 SIZE = "How long: smoke (seconds, for tests), cpu (minutes on a desk machine) or full (the published setting)."
 MODEL = "Which network of the task; for digits cnn or mlp."
 FINE_TUNE = "Epochs in high precision after the ordinary ones; the weights stay in their format. 0 for none."

@@ -21,6 +21,7 @@ from .app import (
     SIZE,
     STASH,
     STRATEGY,
+    TASK,
     TENSORBOARD,
     Console,
     app,
@@ -38,7 +39,7 @@ __all__ = ["audit", "compare", "train"]
     )
 )
 def compare(
-    task: Annotated[str, typer.Argument(help="The task, for example digits.")],
+    task: Annotated[str, typer.Argument(help=TASK)],
     recipes: Annotated[str, typer.Option(help="Names with commas between them, or all. See: halfbyte recipes")],
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 3 means the seeds 0, 1 and 2.")] = 3,
     size: Annotated[str, typer.Option(help=SIZE)] = "cpu",
@@ -108,7 +109,7 @@ def compare(
     )
 )
 def train(
-    task: Annotated[str, typer.Argument(help="The task, for example digits.")],
+    task: Annotated[str, typer.Argument(help=TASK)],
     recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes")],
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and of the order of the examples.")] = 0,
     size: Annotated[str, typer.Option(help=SIZE)] = "cpu",
@@ -176,7 +177,7 @@ def train(
     )
 )
 def audit(
-    task: Annotated[str, typer.Argument(help="The task, for example digits.")],
+    task: Annotated[str, typer.Argument(help=TASK)],
     recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes")],
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,

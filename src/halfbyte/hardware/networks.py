@@ -6,12 +6,9 @@ frames in a sentence) are written down, with the usual ones of that data.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -32,6 +29,7 @@ from ..lab.models import (
     translation,
     vgg,
 )
+from ..lab.tasks import own
 
 __all__ = ["NETWORKS", "Example", "find"]
 
@@ -189,17 +187,7 @@ def find(name: str, shape: str | None = None) -> Example:
 
 
 def _function(name: str) -> Callable[[], nn.Module]:
-    module, _, function = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        made = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise HalfbyteError(
-            f"{name!r} was asked for and cannot be had ({error}). Name a module that Python finds from here and a "
-            "function in it that takes nothing and returns a network."
-        ) from error
+    made = own.named(name, "a function in it that takes nothing and returns a network")
     if not callable(made):
         raise HalfbyteError(f"{name!r} is a {type(made).__name__}; a function that returns a network is possible.")
     return partial(_made, name, made)

@@ -126,7 +126,7 @@ def compare(
     repeated; an interrupted one goes on. A record or checkpoint of anything else is replaced, and ``note`` told.
 
     Args:
-        task: a name in `halfbyte.lab.tasks.TASKS`.
+        task: a name in `halfbyte.lab.tasks.TASKS`, or ``module:task`` for one of your own.
         recipes: names in `halfbyte.RECIPES`, each once.
         seeds: seeds, each once.
         size: a preset of the task.

@@ -17,6 +17,7 @@ from ..errors import HalfbyteError
 from . import tasks
 from .compare import Comparison, Summary, summarize
 from .record import Record, RecordError, read
+from .tasks import own
 
 __all__ = ["PAPER", "Published", "gather", "remarks", "write_page"]
 
@@ -68,7 +69,8 @@ class _Group:
     @property
     def name(self) -> str:
         kept = f"-stash-{self.stash}" if self.stash else ""
-        return f"{self.task}-{self.model}-{self.size}{f'-ft{self.fine_tune}' if self.fine_tune else ''}{kept}"
+        tuned = f"-ft{self.fine_tune}" if self.fine_tune else ""
+        return f"{self.task.replace(':', '.')}-{self.model}-{self.size}{tuned}{kept}"
 
     @property
     def comparison(self) -> Comparison:
@@ -117,7 +119,8 @@ def write_page(records: Sequence[Record], path: Path, said: Mapping[str, str] = 
     """Writes the page, and a figure for each group of records beside it.
 
     Args:
-        records: of any tasks, networks and sizes; those of tasks that this version does not know are left out.
+        records: of any tasks, networks and sizes; those of tasks that this version does not know are left out, those
+            of ``module:task`` stand last.
         path: the Markdown file; figures go to the folder ``results`` beside it.
         said: by task, Markdown that follows the task's last table, see `remarks`.
 
@@ -156,8 +159,8 @@ one counts.
 
 def _groups(records: Sequence[Record]) -> list[_Group]:
     """Records by what can be compared, in the order of the tasks."""
-    known = [r for r in records if r.task in tasks.TASKS]
-    order = list(tasks.TASKS)
+    known = [r for r in records if r.task in tasks.TASKS or own.is_own(r.task)]
+    order = [*tasks.TASKS, *sorted({r.task for r in known if own.is_own(r.task)})]
 
     def key(record: Record) -> tuple[int, str, str, str, int]:
         return order.index(record.task), record.model, record.size, record.stash, record.fine_tune
@@ -178,17 +181,18 @@ def _groups(records: Sequence[Record]) -> list[_Group]:
 
 def _section(group: _Group, figure: str) -> str:
     """One group: its table, its curves, and how it was made."""
-    task, result = tasks.get(group.task), group.comparison
-    paper = PAPER.get(group.task)
-    unit = f" ({task.unit})" if task.unit else ""
-    better = "higher" if task.higher_is_better else "lower"
-    head = ["recipe", "seeds", f"{task.metric}{unit}", "gap", "95 % interval", "paper's gap", "time", "kept"]
+    # A record says how its task is judged: one of somebody's own is not imported to look at its results.
+    first, result, paper = group.records[0], group.comparison, PAPER.get(group.task)
+    known = tasks.TASKS.get(group.task)
+    unit = f" ({first.unit})" if first.unit else ""
+    better = "higher" if first.higher_is_better else "lower"
+    head = ["recipe", "seeds", f"{first.metric}{unit}", "gap", "95 % interval", "paper's gap", "time", "kept"]
     lines = [
         f"## {group.task}: {group.model}, size {group.size}"
         + (f", stash {group.stash}" if group.stash else "")
         + (f", {group.fine_tune} epochs of fine-tuning" if group.fine_tune else "")
         + "\n",
-        f"{task.description} {better.capitalize()} is better."
+        f"{known.description if known else 'A task of its own, not one of halfbyte.'} {better.capitalize()} is better."
         + (f" The paper's row: {paper.what}, {paper.values['fp32']:g} in FP32." if paper else "")
         + "\n",
         f"| {' | '.join(head)} |",
@@ -196,7 +200,7 @@ def _section(group: _Group, figure: str) -> str:
         *(_row(name, entry, result, paper) for name, entry in result.summary.items()),
         "",
         f"![Curves of {group.name}]({figure})\n",
-        _worse(result, paper, higher=task.higher_is_better),
+        _worse(result, paper, higher=first.higher_is_better),
         _made(group),
         "",
     ]

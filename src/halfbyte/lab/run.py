@@ -14,6 +14,7 @@ from .. import recipes
 from ..errors import HalfbyteError, UnknownNameError
 from ..stash import BITS
 from . import phases, tasks
+from .tasks import own
 
 __all__ = ["RECORD_NAME", "DivergedError", "Interrupted", "Progress", "Run", "Step"]
 
@@ -45,7 +46,7 @@ class Run:
     """Which run: every name is checked at birth.
 
     Attributes:
-        task: name of the task.
+        task: name of the task; ``module:task`` for one of your own.
         recipe: name of the recipe.
         seed: of the initial weights and of the order of the data.
         size: name of the preset.
@@ -81,18 +82,18 @@ class Run:
         """A name for its folder: ``digits-cnn-cpu-luq-seed0``, or ``digits-cnn-cpu-luq-ft2-seed0`` with fine-tuning."""
         tuned = f"-ft{self.fine_tune}" if self.fine_tune else ""
         kept = f"-stash-{self.stash}" if self.stash else ""
-        return f"{self.task}-{self.model}-{self.size}-{self.recipe}{tuned}{kept}-seed{self.seed}"
+        return f"{self.task.replace(':', '.')}-{self.model}-{self.size}-{self.recipe}{tuned}{kept}-seed{self.seed}"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be this run's: names, settings, the recipe and its conventions."""
+        """What must be equal for a checkpoint to be this run's: names, settings, conventions, your own code."""
         recipe = recipes.get(self.recipe)
         return {
             **dataclasses.asdict(self),
             # As a record or a checkpoint gives it back: JSON knows no tuples.
             "settings": json.loads(json.dumps(dataclasses.asdict(tasks.get(self.task).settings(self.size)))),
             "recipe_text": str(recipe),
-            "conventions": phases.conventions(recipe, fine_tune=self.fine_tune),
+            "conventions": phases.conventions(recipe, fine_tune=self.fine_tune) | own.fingerprint(self.task),
         }
 
     def command(self, *extra: str) -> list[str]:

@@ -53,7 +53,7 @@ def train(
     Inside `halfbyte.lab.ranks.joined` all processes call this with the same arguments and train it together.
 
     Args:
-        task: a name in `halfbyte.lab.tasks.TASKS`.
+        task: a name in `halfbyte.lab.tasks.TASKS`, or ``module:task`` for one of your own.
         recipe: a name in `halfbyte.RECIPES`.
         seed: of the initial weights and of the order of the data; the same for every recipe.
         size: a preset of the task: ``smoke``, ``cpu`` or ``full``.

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ...errors import UnknownNameError
-from . import language, speech, translation, vision
+from . import language, own, speech, translation, vision
 from .contract import SIZES, Carry, Outcome, Settings, Task
+from .own import classification
 
-__all__ = ["SIZES", "TASKS", "Carry", "Outcome", "Settings", "Task", "get"]
+__all__ = ["SIZES", "TASKS", "Carry", "Outcome", "Settings", "Task", "classification", "get"]
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {task.name: task for task in (*vision.TASKS, *language.TASKS, *translation.TASKS, *speech.TASKS)}
@@ -17,11 +18,14 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def get(name: str) -> Task:
-    """The task of that name.
+    """The task of that name: one of `TASKS`, or ``module:task`` for one of your own, see `classification`.
 
     Raises:
         UnknownNameError: if there is none; the text suggests the nearest name.
+        HalfbyteError: if the module cannot be imported, or holds no such task.
     """
+    if own.is_own(name):
+        return own.find(name)
     if name not in TASKS:
-        raise UnknownNameError("task", name, TASKS)
+        raise UnknownNameError("task", name, [*TASKS, "module:task"])
     return TASKS[name]
