@@ -175,7 +175,7 @@ def why_only_parsed(words: list[str]) -> str:
         return "tests/test_readme.py runs it"
     if any(re.fullmatch(r"[A-Z]+", word) for word in rest):
         return "has a place that the reader fills in"
-    if name in ("compare", "train", "audit") and rest[0] != "digits":
+    if name in ("compare", "train", "audit") and rest[0].split(":")[-1] != "digits":
         return "needs data, or a file of the reader's"
     return "starts processes, which do not see that the digits were made few" if "--jobs" in rest else ""
 
@@ -206,8 +206,13 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from halfbyte.cli import main
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     torch.set_num_threads(1)
-    for words in shell_lines(page.read_text()):
+    text = page.read_text()
+    for _, block in blocks(text, "python"):
+        if name := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / name[1]).write_text(block)
+    for words in shell_lines(text):
         if words[0] == "halfbyte" and not why_only_parsed(words):
             assert main(words[1:]) == 0, f"{name_of(page)}: {shlex.join(words)}"
 
