@@ -2,7 +2,7 @@
 
 A notebook is a page in docs/notebooks: Markdown with blocks of Python that share a namespace. Its source holds no
 output, so none can go stale, and the test of the pages runs it like any other. Each comes with a copy for Jupyter.
-See docs/decisions/0021-notebooks.md.
+See docs/decisions/0022-notebooks.md.
 """
 
 from __future__ import annotations
