@@ -141,3 +141,61 @@ def test_a_file_of_a_task_that_is_gone_is_refused(digits, tmp_path):
     safetensors.write(type(packed)(about={**packed.about, "network": "gone"}, tensors=packed.tensors), path)
     with pytest.raises(hb.errors.UnknownNameError, match="'gone'"):
         hb.load(path)
+
+
+SIZES = [{}, {"vocabulary": "x"}, {"vocabulary": -4}, {"vocabulary": 10**13}, {"vocabulary": 11, "other": 1}, None]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sizes_are_those_of_the_file(sizes, tmp_path):
+    """A file that asks for a network larger than its tensors, or for no possible one, is refused."""
+    from halfbyte.export import FileError, Packed, pack_model, safetensors
+
+    about = {"task": "ptb", "network": "lstm-32", "size": "smoke", "fine_tuned": False, "sizes": {"vocabulary": 11}}
+    packed = pack_model(runs.build({**about, "recipe": "luq"}), "luq", about)
+    safetensors.write(
+        Packed(about={**packed.about, "sizes": sizes}, tensors=packed.tensors), tmp_path / "m.safetensors"
+    )
+    with pytest.raises(FileError, match="gives the sizes"):
+        hb.load(tmp_path / "m.safetensors")
+
+
+def test_a_file_without_the_tensors_of_its_sizes_is_refused(tmp_path):
+    """Where neither description nor tensors tell a size, the network cannot be made, and that is said."""
+    from halfbyte.export import FileError, Packed, pack_model, safetensors
+
+    about = {"task": "ptb", "network": "lstm-32", "size": "smoke", "fine_tuned": False, "sizes": {}}
+    packed = pack_model(torch.nn.Linear(2, 2), "luq", about)
+    safetensors.write(Packed(about=packed.about, tensors=packed.tensors), tmp_path / "m.safetensors")
+    with pytest.raises(FileError, match="do not make its network"):
+        hb.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("pickle", [b"\x80\x02R.", b"\x80\x02.", b"\x80\x02}X\x01\x00\x00\x00as.", b"\x80\x02}.", b""])
+def test_forged_pickles_are_refused(pickle, tmp_path):
+    """A whole archive around an impossible pickle is an error of ours, whatever torch's reader trips over."""
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "last.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    with pytest.raises(checkpoint.CheckpointError, match=r"damaged|but not a"):
+        runs.open_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_without_identity_is_refused(tmp_path):
+    """A file that calls itself a checkpoint and does not say of what is refused."""
+    torch.save({"format": checkpoint._FORMAT, "model": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(checkpoint.CheckpointError, match="but not a"):
+        runs.open_checkpoint(tmp_path)
+
+
+def test_a_layer_that_the_network_lacks_is_refused(digits, tmp_path):
+    """A checkpoint of a deeper network is not cut down to the one that is here."""
+    folder, _, _ = digits
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    content["model"]["deeper.weight"] = torch.zeros(2, 2)
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"deeper\.weight"):
+        runs.open_checkpoint(tmp_path)

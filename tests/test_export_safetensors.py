@@ -313,3 +313,82 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, small):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(HalfbyteError, match=r"pip install 'halfbyte\[export\]'"):
         hb.load(small, network())
+
+
+CHANGES = {
+    "a plan's name": lambda about: about["conventions"][0]["plans"].__setitem__(0, [1]),
+    "no scale format": lambda about: about["weights"]["0"].update(view=[5, 6], sizes=[5, 6]),
+    "a length beyond 63 bits": lambda about: about["weights"]["0"].update(shape=[2**70]),
+    "a layer's number beyond 63 bits": lambda about: about["plans"]["0"].update(layer=2**70),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_description_of_absurd_parts_is_refused(what, small, tmp_path):
+    """A name that is a list, blocks without a scale format, numbers that no memory holds: all are errors of ours."""
+    packed = safetensors.read(small)
+    about = json.loads(json.dumps(packed.about))
+    CHANGES[what](about)
+    safetensors.write(export.Packed(about=about, tensors=packed.tensors), tmp_path / "m.safetensors")
+    with pytest.raises(FileError, match="does not say what a packed model must say"):
+        hb.load(tmp_path / "m.safetensors", network())
+
+
+@pytest.mark.parametrize("name", ["rows/x/0.weight", "rows/0/gone", "rows/0/0.weight", "codes/gone", "gone"])
+def test_a_tensor_of_no_use_is_refused(name, small, tmp_path):
+    """Rows that the model has codes for, or that it lacks, and names that mean nothing are refused, not passed over."""
+    packed = safetensors.read(small)
+    tensors = {**packed.tensors, name: torch.zeros(2, 6)}
+    safetensors.write(export.Packed(about=packed.about, tensors=tensors), tmp_path / "m.safetensors")
+    with pytest.raises(FileError, match=f"{name} differs"):
+        hb.load(tmp_path / "m.safetensors", network())
+
+
+def test_missing_rows_are_refused(tmp_path):
+    """A file without the floating rows of an attention does not leave those that the model was made with."""
+    rules = [hb.Rule(fqn="q", recipe="luq"), hb.Rule(fqn="*", recipe="fp32")]
+    inputs = (torch.randn(3, 2, 8),) * 3
+    model = trained(nn.MultiheadAttention(8, 2), inputs, "luq", rules=rules)
+    packed = export.pack_model(model)
+    tensors = {n: t for n, t in packed.tensors.items() if not n.startswith("rows/")}
+    assert len(tensors) < len(packed.tensors)
+    safetensors.write(export.Packed(about=packed.about, tensors=tensors), tmp_path / "m.safetensors")
+    with pytest.raises(FileError, match="rows/8/in_proj_weight differs"):
+        hb.load(tmp_path / "m.safetensors", hb.convert(nn.MultiheadAttention(8, 2), "luq", rules=rules))
+
+
+def test_codes_of_block_scales_beyond_their_format_are_refused(tmp_path):
+    """A block scale whose code its format lacks is refused before it is looked up."""
+    model = trained(stack(True), (torch.randn(6, 40),), "mxfp4")
+    packed = export.pack_model(model)
+    about = json.loads(json.dumps(packed.about))
+    about["weights"]["1"]["scale_format"] = "int4"
+    safetensors.write(export.Packed(about=about, tensors=packed.tensors), tmp_path / "m.safetensors")
+    with pytest.raises(FileError, match="codes that int4 lacks"):
+        hb.load(tmp_path / "m.safetensors", stack(True))
+
+
+def test_a_loaded_model_takes_no_other_weights(small):
+    """A loaded model would go on with its codes, so another state or file is refused until it is plain again."""
+    again = hb.load(small, network())
+    with pytest.raises(UnsupportedError, match=r"halfbyte\.restore\(model\)"):
+        again.load_state_dict(again.state_dict())
+    with pytest.raises(UnsupportedError, match="packed weights already"):
+        hb.load(small, again)
+    assert same(codes(hb.load(small, hb.restore(again))), codes(hb.load(small, network())))
+
+
+def test_a_weight_quantizer_of_several_modules_is_kept(tmp_path):
+    """What a weight's quantizer holds in modules of its own is in the loaded model's state, too."""
+    spec = hb.Pact(clip=1.0, signed=True, settle=5)
+    mine = hb.Recipe(name="mine", fprop=hb.Fprop(input=hb.MinMax(), weight=spec))
+    model = trained(network(), (torch.randn(4, 6),), mine)
+    export.save_safetensors(model, tmp_path / "m.safetensors")
+    again = hb.load(tmp_path / "m.safetensors", hb.convert(network(), mine))
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_file_that_cannot_be_written_is_said(small, tmp_path):
+    """A folder that does not exist is an error of ours, with the cure."""
+    with pytest.raises(HalfbyteError, match="Make its folder"):
+        export.save_safetensors(hb.load(small, network()), tmp_path / "none" / "m.safetensors")

@@ -33,6 +33,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         FileError: if the file is missing, damaged, changed, none of halfbyte's, or of another model; or names no
             network and no model is given.
         ConversionError: if the recipe's conventions differ from the file's.
+        UnsupportedError: if the model has packed weights already.
         HalfbyteError: if the package safetensors, or for a network of the lab the extra ``lab``, is not installed.
     """
     path = Path(path)
@@ -50,6 +51,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{path} holds a network of halfbyte's lab, which needs {error.name}. Install it with: "
                 "pip install 'halfbyte[lab,export]'"
             ) from error
-        model = runs.build(packed.about)
+        model = runs.rebuild(packed)
     assert isinstance(model, nn.Module)
     return load_into(model, packed)

@@ -8,6 +8,7 @@ tensors and text and nothing that could be executed.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +170,7 @@ def load_into(model: nn.Module, packed: Packed) -> nn.Module:
         FileError: if the file is not of this model, or does not say what it must.
         ConversionError: if the model is plain, and the file's recipe is none of `halfbyte.RECIPES` or has other
             conventions here.
+        UnsupportedError: if the model has packed weights already.
     """
     about = packed.about
     if not any(is_twin(m) for m in model.modules()) and about["plans"]:
@@ -179,6 +181,10 @@ def load_into(model: nn.Module, packed: Packed) -> nn.Module:
             )
         convert(model, about["recipe"])
     plans = plans_in(model)
+    if any(isinstance(plan.weight, Stored) for plan in plans.values()):
+        raise UnsupportedError(
+            "The model has packed weights already. Make it plain before, halfbyte.restore(model), or build it anew."
+        )
     if set(plans) != set(about["plans"]):
         differ = sorted(set(plans) ^ set(about["plans"]))
         raise FileError(
@@ -193,16 +199,15 @@ def load_into(model: nn.Module, packed: Packed) -> nn.Module:
         if set(weights) != set(about["weights"]):
             raise FileError("The file packs other weights than this model has codes for. It was changed by hand.")
         codes = {name: _codes(packed, name, weights[name]) for name in weights}
+        rows = _rows(model, packed, weights)
         _fill(model, packed, weights)
         # A weight that a layer shares with an embedding is that of the file, which holds it in floating point.
         whole = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if f"state/{n}" in packed.tensors}
         for name, weight in weights.items():
             if id(model.get_parameter(weight.parameter)) not in whole:
                 weight.tensor.copy_(weight.plain(codes[name]))
-        for name, tensor in packed.tensors.items():
-            if name.startswith("rows/"):
-                at, parameter = name.removeprefix("rows/").split("/", 1)
-                model.get_parameter(parameter)[int(at) : int(at) + len(tensor)].copy_(tensor)
+        for name, part in rows.items():
+            part.copy_(packed.tensors[name])
         for name, weight in weights.items():
             assert isinstance(weight.plan.weight, Quantizer)
             weight.plan.weight = Stored(weight.plan.weight, codes[name])
@@ -245,18 +250,43 @@ def _codes(packed: Packed, name: str, weight: Weight) -> QTensor:
         has = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
         if has != wanted.get(part):
             raise FileError(f"{part}/{name} is {has} in the file; {wanted.get(part)} is right. It was changed by hand.")
-    fits = shape == weight.tensor.shape and (blocks is None or torch.Size(blocks.view).numel() == shape.numel())
+    fits = shape == weight.tensor.shape and (blocks is None or math.prod(blocks.view) == shape.numel())
     if not fits or row["parameter"] != weight.parameter or row["start"] != weight.start:
         raise FileError(
             f"{name} is {tuple(shape)}, rows from {row['start']} of {row['parameter']}, in the file, and "
             f"{tuple(weight.tensor.shape)}, rows from {weight.start} of {weight.parameter}, in this model. Build the "
             "model that was exported."
         )
+    if blocks is not None and blocks.scale_format is not None:
+        factors = parts["block_scale"]
+        assert factors is not None
+        if int(factors.max()) >= 1 << blocks.scale_format.bits:
+            raise FileError(f"block_scale/{name} holds codes that {row['scale_format']} lacks. It was changed by hand.")
     device = weight.tensor.device
     codes, scale = parts["codes"], parts["scale"]
     assert codes is not None
     assert scale is not None
     return QTensor(codes, scale, fmt, shape, parts["zero_point"], parts["block_scale"], blocks).to(device)
+
+
+def _rows(model: nn.Module, packed: Packed, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """Where the file's rows without codes go, by their names in it.
+
+    Raises:
+        FileError: if it holds others than this model has, or tensors that are no part of a packed model.
+    """
+    rows = _left_over(model, list(weights.values()))
+    parts = {f"{part}/{name}" for part in (*_PARTS, "block_scale") for name in weights}
+    given = {n: t.shape for n, t in packed.tensors.items() if n not in parts and not n.startswith("state/")}
+    expected = {name: part.shape for name, part in rows.items()}
+    if given != expected:
+        differ = sorted({name for name, _ in given.items() ^ expected.items()})
+        raise FileError(
+            f"The file is of another model, or was changed by hand: {', '.join(differ[:5])}"
+            f"{', ...' if len(differ) > 5 else ''} {'differ' if len(differ) > 1 else 'differs'} from what this model "
+            "has. Build the model that was exported."
+        )
+    return rows
 
 
 def _fill(model: nn.Module, packed: Packed, weights: Mapping[str, Weight]) -> None:

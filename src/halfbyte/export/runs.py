@@ -7,6 +7,7 @@ checkpoint's own tensors tell those, so no data are read here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import recipes
+from .. import formats, recipes
 from ..errors import HalfbyteError
 from ..lab import checkpoint, phases, tasks
 from ..lab.tasks import own
-from .packed import FileError
+from ..qtensor import packed_size
+from ..stash import STEP
+from .packed import FileError, Packed
 
-__all__ = ["Trained", "build", "example_inputs", "open_checkpoint"]
+__all__ = ["Trained", "build", "example_inputs", "open_checkpoint", "rebuild"]
 
 _SIZES = {"vocabulary": ("embedding.weight", 0), "bands": ("lstm.weight_ih_l0", 1), "symbols": ("head.weight", 0)}
 """What a network takes from its data: which length of which tensor it became."""
@@ -69,8 +72,8 @@ def open_checkpoint(path: Path) -> Trained:
         }
         network = build({**about, "recipe": recipe.name}, seed=identity["seed"])
         # What counts the draws of a stash belongs to training.
-        network.load_state_dict({name: weights[name] for name in weights if name in network.state_dict()})
-    except (KeyError, TypeError, AttributeError, RuntimeError, HalfbyteError) as error:
+        network.load_state_dict({name: tensor for name, tensor in weights.items() if name != STEP})
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, HalfbyteError) as error:
         raise checkpoint.CheckpointError(
             f"{file} does not fit this version of halfbyte ({error}). Export it with the version that trained it."
         ) from error
@@ -115,6 +118,29 @@ def _demand_known(task: object) -> None:
             "out from Python, halfbyte.export.save_safetensors(model, path), and bring it back into the model, "
             "halfbyte.load(path, model)."
         )
+
+
+def rebuild(packed: Packed) -> nn.Module:
+    """The network that a file names, as `build` makes it, if its sizes are those of the file's own tensors.
+
+    So a file cannot ask for more memory than the tensors that it holds are worth.
+
+    Raises:
+        FileError: if sizes are others, or too few for the network.
+        UnknownNameError: if a name is in no table.
+    """
+    shapes = {name.removeprefix("state/"): list(t.shape) for name, t in packed.tensors.items()}
+    for name, row in packed.about["weights"].items():
+        codes = packed.tensors.get(f"codes/{name}")
+        if codes is not None and packed_size(math.prod(row["shape"]), formats.get(row["format"]).bits) == codes.numel():
+            shapes[row["parameter"]] = row["shape"]
+    sizes = {name: shapes[key][dim] for name, (key, dim) in _SIZES.items() if len(shapes.get(key, ())) > dim}
+    if packed.about.get("sizes") != sizes:
+        raise FileError(f"The file gives the sizes {packed.about.get('sizes')!r} and holds tensors of {sizes}.")
+    try:
+        return build(packed.about)
+    except AttributeError as error:
+        raise FileError(f"The file's sizes, {sizes}, do not make its network ({error}).") from error
 
 
 def example_inputs(task: str, batch: int) -> tuple[Tensor, ...]:

@@ -58,13 +58,18 @@ def write(packed: Packed, path: Path) -> None:
         path: the file.
 
     Raises:
-        HalfbyteError: if safetensors is not installed.
+        HalfbyteError: if safetensors is not installed, or the file cannot be written.
     """
     text = json.dumps(packed.about, sort_keys=True, allow_nan=False)
     metadata = {_ABOUT: f"{_digest(text, packed.tensors)}\n{text}"}
     partial = path.with_name(f"{path.name}.partial")
-    need("safetensors.torch").save_file(dict(packed.tensors), partial, metadata=metadata)
-    partial.replace(path)
+    library, save_file = need("safetensors"), need("safetensors.torch").save_file
+    try:
+        save_file(dict(packed.tensors), partial, metadata=metadata)
+        partial.replace(path)
+    except (library.SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise HalfbyteError(f"{path} could not be written ({error}). Make its folder, or room on the disk.") from error
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -95,7 +100,7 @@ def read(path: Path) -> Packed:
         with library.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         tensors = load_file(path)
-    except (library.SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+    except (library.SafetensorError, ValueError, KeyError, RuntimeError, OverflowError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileError(f"{path} is damaged or no safetensors file ({reason}). {cure}") from error
     if _ABOUT not in metadata:
@@ -119,17 +124,23 @@ def _check(about: Any) -> None:
     _fields(about, _SHAPE, "it")
     for name, plan in about["plans"].items():
         _fields(plan, {"recipe": str, "seed": int, "layer": int}, name)
+        if not 0 <= plan["layer"] < 1 << 32:
+            raise FileError(f"{name} is layer {plan['layer']}")
     for row in about["conventions"]:
         _fields(row, {"text": str, "plans": list}, "conventions")
+        if any(type(name) is not str for name in row["plans"]):
+            raise FileError(f"conventions have plans {row['plans']!r}")
     for name, row in about["weights"].items():
         _fields(row, _WEIGHT, name)
         formats.get(row["format"])
         if row.get("scale_format") is not None:
             formats.get(row["scale_format"])
         for sizes in (row["shape"], row.get("view", []), row.get("sizes", [])):
-            if not isinstance(sizes, list) or any(type(n) is not int or n < 1 for n in sizes):
+            if not isinstance(sizes, list) or any(type(n) is not int or not 1 <= n < 1 << 63 for n in sizes):
                 raise FileError(f"{name} has a shape {sizes!r}")
-        if ("view" in row) != ("sizes" in row) or len(row.get("view", [])) != len(row.get("sizes", [])):
+        if len({key in row for key in ("view", "sizes", "scale_format")}) != 1 or len(row.get("view", [])) != len(
+            row.get("sizes", [])
+        ):
             raise FileError(f"{name} has blocks that do not fit its shape")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..errors import UnsupportedError
@@ -32,6 +34,8 @@ class Stored(Quantizer):
         for name, buffer in before.named_buffers(recurse=False):
             self._buffers.pop(name, None)
             self.register_buffer(name, buffer)
+        for name, child in before.named_children():
+            self.register_module(name, child)
         self._q = q
         self.training = False
 
@@ -47,6 +51,12 @@ class Stored(Quantizer):
         if self._q.qdata.device != x.device:
             self._q = self._q.to(x.device)
         return Quantized(self._q)
+
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
+        raise UnsupportedError(
+            "load_state_dict was asked of a model with packed weights, which would go on multiplying the codes of its "
+            "file. Make the model plain before, halfbyte.restore(model), or build it anew."
+        )
 
     @property
     def q(self) -> QTensor:

@@ -12,7 +12,9 @@ import contextlib
 import os
 import pickle
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,12 @@ from ..errors import HalfbyteError
 __all__ = ["CheckpointError", "WriteError", "load", "path_in", "read", "save", "writing"]
 
 _FORMAT = "halfbyte checkpoint 1"
+
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, EOFError),
+    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError, AssertionError),
+)
+"""What reading bytes raises that are no checkpoint: those of the archive, then those of torch's unpickler."""
 
 
 class CheckpointError(HalfbyteError, ValueError):
@@ -158,10 +166,14 @@ def _content(path: Path, cure: str, load_file: Callable[[], Any]) -> dict[str, A
         if broken is not None:
             raise zipfile.BadZipFile(f"bad checksum in {broken}")
         content = load_file()
-    except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except _BROKEN as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}). {cure}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("identity"), dict)
+        or content.get("format") != _FORMAT
+    ):
         raise CheckpointError(f"{path} is a PyTorch file, but not a {_FORMAT!r}. {cure}")
     return content
 
