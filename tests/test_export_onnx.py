@@ -193,3 +193,146 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(HalfbyteError, match=r"needs the package onnx.*pip install 'halfbyte\[export\]'"):
         export.save_onnx(nn.Linear(2, 2), (torch.randn(2, 2),), tmp_path / "m.onnx")
+
+
+class Plain(nn.Module):
+    """A function of a tensor as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+WHOLE = torch.tensor([[1, 2, 3], [4, 5, 7]])
+MIXED = {
+    "a quotient of integers": lambda x: x / 2,
+    "an integer times a fraction": lambda x: x * 0.5,
+    "integers and floats": lambda x: x + torch.linspace(0, 1, 3),
+    "a factor of the second": lambda x: torch.add(x, x, alpha=2),
+    "a comparison with a fraction": lambda x: x > 2.5,
+    "a choice of a number": lambda x: torch.where(x > 2, x, 0.5),
+    "a sum of bools": lambda x: (x > 2).sum(1),
+    "a list of types": lambda x: torch.cat([x, torch.linspace(0, 1, 6).view(2, 3)], 1),
+    "ends between integers": lambda x: x.clamp(1.5, 4.5),
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_types_are_promoted(what, tmp_path):
+    """Where torch finds a common type of integers, bools and floats, the graph computes in that."""
+    model = Plain(MIXED[what])
+    export.save_onnx(model, (WHOLE,), tmp_path / "m.onnx")
+    (found,), expected = outputs(tmp_path / "m.onnx", (WHOLE,)), model(WHOLE)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+class Counting(nn.Module):
+    """A module that counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+OTHER_THAN_EVALUATION = {
+    "rounding_mode='floor'": lambda x: torch.div(x, 0.3, rounding_mode="floor"),
+    "randn": lambda x: x + torch.randn(8),
+    "dropout_p=0.5": lambda x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "enable_gqa=True": lambda x: nn.functional.scaled_dot_product_attention(x, x[:, :2], x[:, :2], enable_gqa=True),
+    "tensors as ends": lambda x: torch.clamp(x, x * 0, x * 0 + 1),
+    "returns a length": lambda x: (x, x.shape[0]),
+    "a place that depends on the batch": lambda x: x[: x.shape[0] - 1],
+    "fixes the length of its batch": lambda x: x.view(3, 4 * 5 * 8),
+    "changes calls": None,
+}
+
+
+@pytest.mark.parametrize("what", OTHER_THAN_EVALUATION)
+def test_what_would_compute_otherwise_is_refused(what, tmp_path):
+    """What an operator of a graph cannot do as the model does is refused, not left out: it names what."""
+    function = OTHER_THAN_EVALUATION[what]
+    model = Counting() if function is None else Plain(function)
+    with pytest.raises(UnsupportedError, match=what):
+        export.save_onnx(model, (torch.randn(3, 4, 5, 8),), tmp_path / "m.onnx", open_batch=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_is_invalid_is_an_error_of_ours(tmp_path):
+    """What onnx refuses about a finished graph is said as ours: a model in float64 under clips in float32."""
+    x = torch.randn(4, 6).double()
+    model = trained(nn.Sequential(nn.Linear(6, 3)).double(), (x,), INSIDE)
+    with pytest.raises(UnsupportedError, match="ONNX does not allow"):
+        export.save_onnx(model, (x,), tmp_path / "m.onnx")
+
+
+def test_a_sign_that_no_batch_has_shown_is_refused(tmp_path):
+    """A clip that is given with a sign that is not has no range yet."""
+    recipe = hb.Recipe(name="half", fprop=hb.Fprop(input=hb.Pact(clip=2.0, signed=None), weight=hb.Sawb()))
+    model = hb.convert(nn.Sequential(nn.Linear(6, 3)), recipe)
+    with pytest.raises(UnsupportedError, match="Run a training forward pass"):
+        export.save_onnx(model, (torch.rand(4, 6),), tmp_path / "m.onnx")
+
+
+class Named(nn.Module):
+    """Layers whose names are those of a graph's inputs and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.output = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, *xs):
+        return tuple(self.output(self.input(x).relu()) for x in xs)
+
+
+def test_names_of_layers_and_inputs_do_not_meet(tmp_path):
+    """Layers called input and output, and an input called as a node would be, leave every name to one value."""
+    torch.manual_seed(0)
+    x = tuple(torch.randn(2, 6) for _ in range(9))
+    model = trained(Named(), x, "luq", rules=[hb.Rule(recipe=hb.RECIPES["luq"])])
+    export.save_onnx(model, x, tmp_path / "m.onnx")
+    assert close(outputs(tmp_path / "m.onnx", x), run(model, x))
+    taken = onnx.load(tmp_path / "m.onnx").graph.node[0].output[0]
+    names = [taken, *(f"x{i}" for i in range(8))]
+    export.save_onnx(model, x, tmp_path / "m.onnx", names=names)
+    assert [value.name for value in onnx.load(tmp_path / "m.onnx").graph.input] == names
+
+
+X = torch.randn(2, 2)
+WRONG = {
+    "a tensor": (X, {}),
+    "'int'": ((X, 2), {}),
+    "one for each": ((X, X), {"names": ["a", "a"]}),
+    "the outputs' names": ((X, X), {"names": ["output_0", "b"]}),
+    "2 or more": ((X[:1], X[:1]), {"open_batch": True}),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_inputs_are_refused(what, tmp_path):
+    """What is no list of tensors, names that two values would have, and an open batch of one are refused."""
+
+    class Sum(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    given, how = WRONG[what]
+    with pytest.raises(HalfbyteError, match=what):
+        export.save_onnx(Sum(), given, tmp_path / "m.onnx", **how)
+
+
+def test_open_lengths_are_called_by_what_they_are(tmp_path):
+    """The batch is one length wherever it stands, and what is a multiple of it is not called batch."""
+    model = Plain(lambda x: (x * 2, x.reshape(-1)))
+    export.save_onnx(model, (torch.randn(2, 3),), tmp_path / "m.onnx", open_batch=True)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    dims = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)]
+    assert dims[:2] == [["batch", 3], ["batch", 3]]
+    assert dims[2] != ["batch"]

@@ -34,6 +34,7 @@ class Graph:
         onnx: the package.
         nodes: so far, in the order of computation.
         initializers: constants so far; a graph inside another has none of its own.
+        taken: names of inputs and outputs, which nothing else gets.
     """
 
     def __init__(self, outer: Graph | None = None) -> None:
@@ -47,11 +48,15 @@ class Graph:
         self.initializers: list[Any] = [] if outer is None else outer.initializers
         self._constants: dict[Any, str] = {} if outer is None else outer._constants
         self._count: list[int] = [0] if outer is None else outer._count
+        self.taken: set[str] = set() if outer is None else outer.taken
 
     def fresh(self, stem: str) -> str:
         """A name that nothing has."""
-        self._count[0] += 1
-        return f"{stem}_{self._count[0]}"
+        while True:
+            self._count[0] += 1
+            name = f"{stem}_{self._count[0]}"
+            if name not in self.taken:
+                return name
 
     def emit(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Adds a node.

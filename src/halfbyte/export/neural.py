@@ -105,10 +105,12 @@ def _adaptive_pool(at: At, x: str, sizes: Any) -> str:
 
 
 def _attention(
-    at: At, q: str, k: str, v: str, mask: str | None = None, _dropout: float = 0.0,
-    causal: bool = False, *, scale: float | None = None, **_: Any,
+    at: At, q: str, k: str, v: str, mask: str | None = None, dropout: float = 0.0,
+    causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> str:  # fmt: skip
     """Scaled products of queries and keys, what the mask adds, softmax, products with the values."""
+    if dropout or enable_gqa:
+        raise unknown(at.node, f"dropout_p={dropout}, enable_gqa={enable_gqa}")
     query, key = (arg.meta["val"].shape for arg in at.node.args[:2])  # type: ignore[union-attr]
     factor = 1 / math.sqrt(query[-1]) if scale is None else scale
     rank = len(query)

@@ -65,25 +65,37 @@ def save_onnx(
             an operator that is not in the table, a range that no training batch has set.
         HalfbyteError: if the package onnx is not installed, or names and inputs differ in number.
     """
-    if names and len(names) != len(inputs):
-        raise HalfbyteError(f"names={list(names)} were given for {len(inputs)} inputs; one for each is possible.")
+    _check_inputs(inputs, names, open_batch=open_batch)
     graph = Graph()
     names = list(names) or [f"input_{i}" for i in range(len(inputs))]
     with evaluating(model):
         codes = {weight.plan: (weight.name, weight.encode()) for weight in weights_in(model)}
         with _recurrent_nodes(model) as modules:
             program = _traced(model, tuple(inputs), open_batch=open_batch)
-            outputs = _Translator(graph, codes, modules, program).run(names)
-    batch = "batch" if open_batch else None
-    declared = [
-        graph.described(name, x.dtype, [batch or x.shape[0], *x.shape[1:]] if x.dim() else [])
-        for name, x in zip(names, inputs, strict=True)
-    ]
+            declared, outputs = _Translator(graph, codes, modules, program).run(names, open_batch=open_batch)
     sealed = graph.seal("halfbyte", declared, outputs)
     opset = [graph.onnx.helper.make_opsetid("", OPSET)]
     proto = graph.onnx.helper.make_model(sealed, opset_imports=opset, producer_name="halfbyte", ir_version=10)
-    graph.onnx.checker.check_model(proto, full_check=True)
+    invalid = (graph.onnx.checker.ValidationError, graph.onnx.shape_inference.InferenceError, ValueError)
+    try:
+        graph.onnx.checker.check_model(proto, full_check=True)
+    except invalid as error:
+        raise UnsupportedError(
+            f"The model makes a graph that ONNX does not allow ({' '.join(str(error).split())}). Rewrite that part of "
+            "the model, or use --format safetensors."
+        ) from error
     graph.onnx.save_model(proto, str(path))
+
+
+def _check_inputs(inputs: Sequence[Tensor], names: Sequence[str], *, open_batch: bool) -> None:
+    if isinstance(inputs, Tensor) or not all(isinstance(x, Tensor) for x in inputs):
+        found = "a tensor" if isinstance(inputs, Tensor) else [type(x).__name__ for x in inputs]
+        raise HalfbyteError(f"inputs is {found}; a list of tensors is possible: save_onnx(model, [x], path).")
+    if names and (len(names) != len(inputs) or len(set(names)) < len(names) or not all(names)):
+        raise HalfbyteError(f"names={list(names)} were given for {len(inputs)} inputs; one for each is possible.")
+    short = [tuple(x.shape) for x in inputs if open_batch and x.dim() and len(x) < 2]
+    if short:
+        raise HalfbyteError(f"An open batch was asked for with an example of {short[0]}; 2 or more are possible.")
 
 
 def _traced(model: nn.Module, inputs: tuple[Tensor, ...], *, open_batch: bool) -> Any:
@@ -155,9 +167,14 @@ class _Translator:
         self.known: dict[fx.Node, Any] = {}
         self.names: dict[fx.Node, Any] = {}
 
-    def run(self, inputs: Sequence[str]) -> list[Any]:
-        """Translates all nodes; returns the declared outputs."""
+    def run(self, inputs: Sequence[str], *, open_batch: bool) -> tuple[list[Any], list[Any]]:
+        """Translates all nodes; returns the declared inputs and outputs."""
         nodes = list(self.program.graph.nodes)
+        results = self._results(nodes[-1])
+        named = [f"output_{number}" for number in range(len(results))]
+        if set(named) & set(inputs):
+            raise HalfbyteError(f"names={list(inputs)} were given; {', '.join(named)} are the outputs' names.")
+        self.graph.taken.update(inputs, named)
         given = iter(inputs)
         places = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
         for node in nodes:
@@ -165,15 +182,43 @@ class _Translator:
                 self._place(node, places[node.name], given)
             elif node.op == "call_function" and node.users:
                 self._call(node)
-        results = [n for n in nodes[-1].args[0] if isinstance(n, fx.Node)]
-        outputs = []
-        for number, node in enumerate(results):
-            name = f"output_{number}"
+        for name, node in zip(named, results, strict=True):
+            shape_of(node)
             value = self._value(node)
             self.graph.nodes.append(self.graph.onnx.helper.make_node("Identity", [value], [name], name=name))
-            shape = ["batch" if size == -1 else size for size in shape_of(node)]
-            outputs.append(self.graph.described(name, node.meta["val"].dtype, shape))
-        return outputs
+        taken = [n for n in nodes if self.names.get(n) in inputs]
+        # A length that the model fixed is still a symbol, of one value.
+        if open_batch and any(n.meta["val"].dim() and str(n.meta["val"].shape[0]).isdigit() for n in taken):
+            raise UnsupportedError(
+                "The model fixes the length of its batch, so an open one cannot be exported. Take the length from the "
+                "input, or export a fixed batch: save_onnx(..., open_batch=False)."
+            )
+        lengths = {str(n.meta["val"].shape[0]): "batch" for n in taken[:1] if n.meta["val"].dim()}
+
+        def declared(name: str, node: fx.Node) -> Any:
+            value = node.meta["val"]
+            shape = [size if isinstance(size, int) else lengths.get(str(size), str(size)) for size in value.shape]
+            return self.graph.described(name, value.dtype, shape)
+
+        return [declared(self.names[n], n) for n in taken], [*map(declared, named, results)]
+
+    def _results(self, output: fx.Node) -> list[fx.Node]:
+        """The nodes that the model returns.
+
+        Raises:
+            UnsupportedError: if it changes its own tensors or its inputs, or returns a length.
+        """
+        signature = self.program.graph_signature
+        changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        if changed:
+            raise UnsupportedError(
+                f"The model changes {', '.join(changed)} in its forward; a graph keeps nothing from one run to the "
+                "next. Leave that out in evaluation, or use --format safetensors."
+            )
+        results = [n for n in output.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+        if not all(isinstance(n.meta["val"], Tensor) for n in results):
+            raise UnsupportedError("The model returns a length; tensors can be exported. Return tensors alone.")
+        return results
 
     def _place(self, node: fx.Node, spec: Any, given: Iterator[str]) -> None:
         """An input of the traced graph: one of the model's inputs, or a tensor that it holds."""
@@ -211,7 +256,10 @@ class _Translator:
             args = fx.node.map_arg((node.args, dict(node.kwargs)), self._value)
             skipped = ("dtype", "layout", "device", "pin_memory", "memory_format")
             more = {k: v for k, v in args[1].items() if k not in skipped}
-            self.names[node] = OPERATORS[name](At(self.graph, node), *args[0], **more)
+            try:
+                self.names[node] = OPERATORS[name](At(self.graph, node), *args[0], **more)
+            except (TypeError, ValueError, LookupError) as error:
+                raise unknown(node, f"its arguments here ({error})") from error
         # What is left counts shapes, which are read where they are needed.
 
     def _is_known(self, node: fx.Node, name: str) -> bool:
@@ -221,6 +269,8 @@ class _Translator:
             return False
         if name in LIKE:
             return all(isinstance(size, int) for size in value.shape)  # type: ignore[union-attr]
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and name not in OPERATORS:
+            raise unknown(node)  # a constant in the place of random numbers
         return all(source in self.known for source in node.all_input_nodes)
 
     def _value(self, node: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..errors import UnsupportedError
 from .neural import NEURAL
@@ -45,22 +45,45 @@ def _plain(op: str, **attributes: Any) -> Operator:
 def _pair(op: str) -> Operator:
     """An operator of two tensors, or of one and a number."""
 
-    def emit(at: At, x: Any, y: Any, *, alpha: float = 1, **_: Any) -> str:
-        given = [_operand(at, value) for value in (x, y)]
+    def emit(at: At, x: Any, y: Any, *, alpha: float = 1, rounding_mode: str | None = None) -> str:
+        if rounding_mode is not None:
+            raise unknown(at.node, f"rounding_mode={rounding_mode!r}")
+        dtype = _dtype(at)
+        if dtype == torch.bool:  # of a comparison, which compares numbers of one type
+            values: Any = [a.meta["val"] if isinstance(a, fx.Node) else a for a in at.node.args[:2]]
+            dtype = torch.result_type(*values)
+        given = [_operand(at, value, place, dtype) for place, value in enumerate((x, y))]
         if alpha != 1:
-            given[1] = at.emit("Mul", given[1], at.graph.number(alpha))
+            given[1] = at.emit("Mul", given[1], at.graph.constant(torch.tensor(alpha, dtype=dtype)))
         result: str = at.emit(op, *given)
         return result
 
     return emit
 
 
-def _operand(at: At, value: Any) -> str:
-    """A value of the graph, or a number in the type that the node's tensors have."""
-    if isinstance(value, str):
-        return value
-    tensors = [a.meta["val"] for a in at.node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
-    return at.graph.constant(torch.tensor(value, dtype=tensors[0].dtype))
+def _dtype(at: At) -> torch.dtype:
+    """The type of a node's result."""
+    dtype: torch.dtype = at.node.meta["val"].dtype
+    return dtype
+
+
+def _operand(at: At, value: Any, place: int, dtype: torch.dtype) -> str:
+    """An argument of a node in a type: ONNX's operators take one type, where torch's find a common one.
+
+    Args:
+        at: the place.
+        value: a value of the graph, or a number.
+        place: which of the node's arguments it is.
+        dtype: the type.
+    """
+    if not isinstance(value, str):
+        return at.graph.constant(torch.tensor(value, dtype=dtype))
+    return _typed(at, value, at.node.args[place], dtype)
+
+
+def _typed(at: At, name: str, source: Any, dtype: torch.dtype) -> str:
+    """A value of the graph in a type, where `source` is the traced node that gives it."""
+    return name if source.meta["val"].dtype == dtype else str(at.emit("Cast", name, to=at.graph.dtype(dtype)))
 
 
 def _transpose(at: At, x: str, first: int = -1, second: int = -2) -> str:
@@ -89,8 +112,11 @@ def _expand(at: At, x: str, *_: Any, **__: Any) -> str:
 
 
 def _slice(at: At, x: str, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str:
+    source, kept = at.node.args[0].meta["val"].shape[dim], at.node.meta["val"].shape[dim]  # type: ignore[union-attr]
     start = 0 if start is None else start
-    end = 2**62 if not isinstance(end, int) else end
+    if not isinstance(start, int) or (not isinstance(end, int | None) and (start or str(source) != str(kept))):
+        raise unknown(at.node, "a place that depends on the batch")
+    end = end if isinstance(end, int) else 2**62
     places = (at.graph.whole([n]) for n in (start, end, dim, step))
     y: str = at.emit("Slice", x, *places)
     return y
@@ -131,7 +157,7 @@ def _embedding(at: At, weight: str, places: str, *_: Any) -> str:
 def _reduce(op: str) -> Operator:
     def emit(at: At, x: str, dims: Any = None, keepdim: bool = False, **_: Any) -> str:
         axes = [] if dims is None else [at.graph.whole([dims] if isinstance(dims, int) else dims)]
-        y: str = at.emit(op, x, *axes, keepdims=int(keepdim))
+        y: str = at.emit(op, _operand(at, x, 0, _dtype(at)), *axes, keepdims=int(keepdim))
         return y
 
     return emit
@@ -139,14 +165,16 @@ def _reduce(op: str) -> Operator:
 
 def _softmax(op: str) -> Operator:
     def emit(at: At, x: str, dim: int, *_: Any, **__: Any) -> str:
-        y: str = at.emit(op, x, axis=dim)
+        y: str = at.emit(op, _operand(at, x, 0, _dtype(at)), axis=dim)
         return y
 
     return emit
 
 
 def _cat(at: At, parts: Sequence[str], dim: int = 0) -> str:
-    y: str = at.emit("Concat", *parts, axis=dim)
+    sources: Any = at.node.args[0]
+    typed = [_typed(at, part, source, _dtype(at)) for part, source in zip(parts, sources, strict=True)]
+    y: str = at.emit("Concat", *typed, axis=dim)
     return y
 
 
@@ -163,13 +191,15 @@ def _pad(at: At, x: str, sides: Sequence[int], mode: Any = "constant", value: An
     rank = at.node.meta["val"].dim()
     pairs = [(0, 0)] * (rank - len(sides) // 2) + [tuple(sides[i : i + 2]) for i in range(len(sides) - 2, -1, -2)]
     places = at.graph.whole([p[0] for p in pairs] + [p[1] for p in pairs])
-    y: str = at.emit("Pad", x, places, _operand(at, 0.0 if value is None else value))
+    y: str = at.emit("Pad", x, places, at.graph.constant(torch.tensor(value or 0.0, dtype=_dtype(at))))
     return y
 
 
 def _clip(at: At, x: str, low: Any = None, high: Any = None) -> str:
-    ends = ["" if end is None else _operand(at, end) for end in (low, high)]
-    y: str = at.emit("Clip", x, *ends)
+    if isinstance(low, str) or isinstance(high, str):
+        raise unknown(at.node, "tensors as ends")
+    ends = ["" if end is None else at.graph.constant(torch.tensor(end, dtype=_dtype(at))) for end in (low, high)]
+    y: str = at.emit("Clip", _operand(at, x, 0, _dtype(at)), *ends)
     return y
 
 
@@ -191,12 +221,12 @@ def _gelu(at: At, x: str, *, approximate: str = "none") -> str:
 
 
 def _masked_fill(at: At, x: str, mask: str, value: Any) -> str:
-    y: str = at.emit("Where", mask, _operand(at, value), x)
+    y: str = at.emit("Where", mask, _operand(at, value, 2, _dtype(at)), x)
     return y
 
 
 def _where(at: At, mask: str, yes: Any, no: Any) -> str:
-    y: str = at.emit("Where", mask, yes, no)
+    y: str = at.emit("Where", mask, *(_operand(at, value, n, _dtype(at)) for n, value in ((1, yes), (2, no))))
     return y
 
 

@@ -107,7 +107,9 @@ def _grid(quantizer: Quantizer, plan: Plan, slot: str) -> _Grid:
     """The grid that a quantizer rounds to, whatever it is given."""
     device = next((t.device for t in (*quantizer.parameters(), *quantizer.buffers())), torch.device("cpu"))
     known = quantizer.format
-    least = 0.0 if known is not None and not known.signed else -1.0
+    if known is None:
+        raise _no_range(quantizer, plan, slot)
+    least = -1.0 if known.signed else 0.0
     first, second = (quantizer.quantize(torch.tensor([least * far, far], device=device)).q for far in _FAR)
     if first.format.kind != "int" or first.blocks is not None or quantizer.spec.stochastic:
         raise _refused(plan, slot, str(quantizer.spec))
@@ -115,10 +117,7 @@ def _grid(quantizer: Quantizer, plan: Plan, slot: str) -> _Grid:
         first.zero_point is None or torch.equal(first.zero_point, second.zero_point)  # type: ignore[arg-type]
     )
     if not still:
-        raise UnsupportedError(
-            f"{slot} of a layer under {plan.recipe.name}: {quantizer.spec} has no range yet, or takes it from each "
-            "tensor; a graph needs a fixed one. Run a training forward pass before exporting."
-        )
+        raise _no_range(quantizer, plan, slot)
     integers = [first.format.integers[c] for c in second.codes().tolist()]
     low, high = integers
     assert low is not None
@@ -141,6 +140,13 @@ def _by_largest(graph: Graph, x: str, spec: AbsMax) -> str:
     zero = graph.zero_code(fmt.bits, fmt.signed)
     y: str = graph.emit("DequantizeLinear", graph.emit("QuantizeLinear", x, scale, zero), scale, zero)
     return y
+
+
+def _no_range(quantizer: Quantizer, plan: Plan, slot: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{slot} of a layer under {plan.recipe.name}: {quantizer.spec} has no range yet, or takes it from each "
+        "tensor; a graph needs a fixed one. Run a training forward pass before exporting."
+    )
 
 
 def _refused(plan: Plan, slot: str, what: str) -> UnsupportedError:
