@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import halfbyte as hb
 from halfbyte import Pact
-from halfbyte.errors import NonFiniteWarning, SpecError
-from halfbyte.quantizers import settling
+from halfbyte.errors import NonFiniteWarning, SpecError, UnsupportedError
+from halfbyte.quantizers import Quantizer, contract, settling
 from halfbyte.recipes import Fprop, Recipe
 
 
@@ -227,3 +227,36 @@ def test_a_converted_layers_clips_move_without_an_optimizer():
     model(0.1 * x)
     model(x)
     assert all(new != old for new, old in zip(clips(model), first, strict=True))
+
+
+def test_a_recipe_without_settling_has_the_conventions_that_it_had_before():
+    """Checkpoints from before there was `settle` are read on: their text of conventions is that of a clip without."""
+    assert repr(Pact(clip=2.0)) == "Pact(clip=2.0, signed=False, bits=4, plus=False)"
+    assert repr(Pact(settle=0)) == "Pact(clip=None, signed=False, bits=4, plus=False, settle=0)"
+
+
+def lost(monkeypatch, first: float, *after: float) -> Quantizer:
+    """A clip of one process of two, set to `first`, after optimizer's steps and passes that set it again."""
+    monkeypatch.setattr(contract, "ranks", lambda: 2)
+    quantizer = Pact(clip=1.0, signed=True, settle=9).build()
+    quantizer.set_first(torch.tensor(first))
+    for value in after:
+        quantizer.learned.data.fill_(value)
+        quantizer.check_first()
+        quantizer.set_first(torch.tensor(first))
+    return quantizer
+
+
+@pytest.mark.parametrize(("first", "after"), [(1.02, (1.001,)), (0.5, (0.51, 0.99))])
+def test_an_optimizers_step_is_no_loss(monkeypatch, first, after):
+    """A clip that steps across 1, from near it or once it was seen to be kept, is not taken for a sharded one."""
+    assert lost(monkeypatch, first, *after).learned.item() == pytest.approx(first)
+
+
+def test_a_clip_that_comes_near_1_is_still_watched(monkeypatch):
+    """Clips near 1 show nothing, and the first that lies elsewhere and is lost is found."""
+    quantizer = lost(monkeypatch, 1.0, 1.0)
+    quantizer.set_first(torch.tensor(0.5))
+    quantizer.learned.data.fill_(1.0)
+    with pytest.raises(UnsupportedError, match="Are the parameters sharded"):
+        quantizer.check_first()

@@ -147,6 +147,7 @@ class Quantizer(NonFiniteCounter, abc.ABC):
         super().__init__(device=device, backend=backend)
         self.spec = spec
         self._first_value: float | None = None
+        self._was_kept = False
 
     @property
     def learned(self) -> nn.Parameter | None:
@@ -154,13 +155,15 @@ class Quantizer(NonFiniteCounter, abc.ABC):
         return None
 
     def set_first(self, value: Tensor) -> None:
-        """Sets what is learned to what the first batch chose; float of shape ()."""
+        """Sets what is learned to what the data chose; float of shape ()."""
         assert self.learned is not None
         self.learned.data.fill_(value)
-        self._first_value = value.item()
+        self._first_value = None if self._was_kept else value.item()
 
     def check_first(self) -> None:
-        """Makes sure, at the second batch, that what the first chose was kept.
+        """Makes sure, at a later batch, that what an earlier one chose was kept; once it was, it is not asked again.
+
+        Within a tenth of 1 an optimizer's step looks like a loss, so a choice there shows nothing.
 
         Raises:
             UnsupportedError: if the parameter is back near the 1 that it is made with. Sharded training does that: it
@@ -170,6 +173,9 @@ class Quantizer(NonFiniteCounter, abc.ABC):
             return
         first, now = self._first_value, self.learned.item()
         self._first_value = None
+        if abs(first - 1.0) < 0.1:
+            return
+        self._was_kept = True
         if ranks() > 1 and abs(now - 1.0) < 0.1 * abs(first - 1.0):
             raise UnsupportedError(
                 f"{self.spec}: the first batch set the learned number to {first:.4g}, but it is {now:.4g} again. Are "

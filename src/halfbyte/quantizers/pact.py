@@ -66,6 +66,11 @@ class Pact(Spec):
         require(self.clip is None or self.clip > 0, f"Pact(clip={self.clip})", "a clip is above zero, or None")
         require(not self.settle or self.settle > 0, f"Pact(settle={self.settle})", "0 or more passes are possible")
 
+    def __repr__(self) -> str:
+        # As it was before there was `settle`: checkpoints of then, which hold this text, do not settle either.
+        names = [name for name in vars(self) if name != "settle" or self.settle is not None]
+        return f"Pact({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
     @property
     def learns(self) -> bool:
         return True
