@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-__all__ = ["axe_violations", "chromium", "layout_shift", "overflow", "page", "watch"]
+__all__ = ["axe_violations", "chromium", "layout_shift", "overflow", "page", "until", "watch"]
 
 LOCAL = re.compile(r"^(file:|data:|blob:|about:|https?://127\.0\.0\.1[:/])")
 FOREIGN = re.compile(r"^(?!file:|data:|blob:|about:|https?://127\.0\.0\.1[:/])")
@@ -113,3 +113,15 @@ def layout_shift(page: Page) -> float:
 def overflow(page: Page) -> int:
     """By how many CSS pixels the page is wider than the screen."""
     return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+
+def until(page: Page, holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Waits until something holds, and fails if it never does.
+
+    Playwright's own ``wait_for_function`` evaluates text inside the page, which a page with a strict policy forbids.
+    """
+    for _ in range(int(seconds / 0.05)):
+        if holds():
+            return
+        page.wait_for_timeout(50)
+    assert holds(), "it did not come true"
