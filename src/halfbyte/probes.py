@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -86,6 +87,11 @@ class Probe:
         order = sorted(self._recorder.tallies.items(), key=lambda item: item[0][0])
         return [_row(step, layer, slot, tally) for (step, layer, slot), tally in order]
 
+    @property
+    def seconds(self) -> float:
+        """How long looking has taken so far, by the clock of the process that trains."""
+        return self._recorder.seconds
+
     def to_json(self) -> str:
         """All rows as a JSON list of objects; what is NaN or infinite is a string: "nan", "inf", "-inf"."""
         return json.dumps([_plain(asdict(row)) for row in self.rows], allow_nan=False)
@@ -143,6 +149,7 @@ class _Recorder:
         self._every = every
         self._first: dict[str, int] = {}
         self.tallies: dict[tuple[int, str, str], Tally] = {}
+        self.seconds = 0.0
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -155,8 +162,10 @@ class _Recorder:
         step = int(plan.step)
         if (step - self._first.setdefault(name, step)) % self._every:
             return
+        started = time.perf_counter()
         if any(isinstance(part, QTensor) for part in parts):
             self.tallies.setdefault((step, name, slot), Tally()).add(x, parts, spec_of(plan.recipe, slot))
+        self.seconds += time.perf_counter() - started
 
     def product(
         self,

@@ -264,6 +264,7 @@ def test_fine_tuning_does_not_overwrite_the_probes(tmp_path):
         train("digits", "ibm2020", 0, size="smoke", fine_tune=1, out_dir=tmp_path, progress=stop)
     tuned = train("digits", "ibm2020", 0, size="smoke", fine_tune=1, resume=tmp_path)
     assert tuned.probes == plain.probes != {}
+    assert tuned.history == plain.history != {}
     assert tuned.peak_bytes > 0
 
 
@@ -278,8 +279,8 @@ def test_measured_is_empty_for_a_plain_network():
     found = {}
     with measured(nn.Linear(2, 2), found):
         pass
-    assert found.keys() == {"peak_bytes", "probes"}
-    assert found["probes"] == {}
+    assert found.keys() == {"peak_bytes", "probes", "history"}
+    assert found["probes"] == found["history"] == {}
 
 
 def test_measured_leaves_alone_what_is_not_wanted():

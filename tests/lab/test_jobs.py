@@ -101,7 +101,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
 
         with pytest.raises(checkpoint.WriteError, match=r"last\.ckpt could not be written: File too large.*is whole"):
             train(**MLP, size="smoke", out_dir=tmp_path, progress=watch)
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "progress.json"]
     steps: list[int] = []
     train(**MLP, size="smoke", resume=tmp_path, progress=lambda step: steps.append(step.done))
     assert steps[0] == 24
@@ -131,7 +131,7 @@ def test_no_room_for_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(record, "write", full)
         with pytest.raises(checkpoint.WriteError, match=r"record\.json could not be written: No space left"):
             train(**MLP, size="smoke", out_dir=tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "progress.json"]
     steps: list[Any] = []
     done = train(**MLP, size="smoke", resume=tmp_path, progress=steps.append)
     assert steps == []

@@ -39,6 +39,7 @@ def done() -> Record:
         peak_bytes=1 << 29,
         layers=["stem fp32"],
         probes={"stem": {"fprop.input": {"sqnr_db": 20.5, "cosine": None}}},
+        history={"steps": [2], "layers": {"stem": {"fprop.input": {"cosine": [None], "codes": [[[1, 2]]]}}}},
         commit=record.commit(),
         fine_tune=1,
         conventions={"ibm2020": "every field"},
@@ -61,7 +62,7 @@ def test_top_level_names(done, tmp_path):
     record.write(done, tmp_path / "record.json")
     content = json.loads((tmp_path / "record.json").read_text())
     assert {"schema", "task", "recipe", "seed", "size", "model", "metric", "value"} <= content.keys()
-    assert content["schema"] == 3
+    assert content["schema"] == 4
     assert content["value"] == 98.5
 
 
@@ -88,10 +89,10 @@ def test_cut_file(done, tmp_path):
     ("change", "text"),
     [
         (lambda c: c.pop("schema"), "has no 'schema'"),
-        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1 to 3"),
+        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1 to 4"),
         (lambda c: c.pop("value"), r"missing \['value'\]"),
         (lambda c: c.pop("conventions"), r"missing \['conventions'\]"),
-        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune', 'peak_bytes', 'probes', 'stash'\]"),
+        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune', 'history', 'peak_bytes', .*\]"),
         (lambda c: c.update(color="red"), r"foreign \['color'\]"),
         (lambda c: c.update(seed="1"), "'seed' must be int, but is '1'"),
         (lambda c: c.update(value=True), "'value' must be float, but is True"),
@@ -113,18 +114,50 @@ def test_foreign_file(done, tmp_path, change, text):
 
 @pytest.mark.parametrize(
     ("schema", "later"),
-    [(1, ["fine_tune", "conventions", "stash", "probes", "peak_bytes"]), (2, ["stash", "probes", "peak_bytes"])],
+    [
+        (1, ["fine_tune", "conventions", "stash", "probes", "peak_bytes", "history"]),
+        (2, ["stash", "probes", "peak_bytes", "history"]),
+        (3, ["history"]),
+    ],
 )
 def test_earlier_schemas_are_read(schema, later, done, tmp_path):
-    """A record from before fine-tuning, a stash or probes says that it had none; what it does not hold is empty."""
+    """A record from before fine-tuning, a stash, probes or their history says so: what it does not hold is empty."""
     path = tmp_path / "record.json"
     record.write(done, path)
     content = json.loads(path.read_text())
     for name in later:
         del content[name]
     path.write_text(json.dumps(content | {"schema": schema}))
-    empty = {"fine_tune": 0, "conventions": {}, "stash": "", "probes": {}, "peak_bytes": 0}
+    empty = {"fine_tune": 0, "conventions": {}, "stash": "", "probes": {}, "peak_bytes": 0, "history": {}}
     assert record.read(path) == dataclasses.replace(done, **{name: empty[name] for name in later})
+
+
+def test_the_history_stands_on_one_line(done, tmp_path):
+    """The many numbers of a history make one line of the file, whatever they are."""
+    record.write(done, tmp_path / "record.json")
+    (line,) = [x for x in (tmp_path / "record.json").read_text().splitlines() if x.startswith('  "history"')]
+    assert json.loads(line.partition(":")[2]) == done.history
+
+
+def test_part_of_a_run_is_no_record(done, tmp_path):
+    """What tells of a run that goes on is read as such, is refused as a record, and the other way round."""
+    record.write_partial(done, tmp_path / "progress.json", 3, 20)
+    assert record.read_partial(tmp_path / "progress.json") == (done, 3, 20)
+    with pytest.raises(RecordError, match="has schema 'part of a run'; this version of halfbyte reads"):
+        record.read(tmp_path / "progress.json")
+    record.write(done, tmp_path / "record.json")
+    with pytest.raises(RecordError, match="does not tell of a run that goes on; it has schema 4"):
+        record.read_partial(tmp_path / "record.json")
+
+
+def test_a_peak_is_forgotten():
+    """256 MiB that were freed no longer count after `forget_peak`, where the system can do that."""
+    if not record.can_forget_peak():
+        pytest.skip("this system does not let a process set its peak back")
+    torch.ones(256 << 20, dtype=torch.uint8)
+    high = record.peak_bytes()
+    record.forget_peak()
+    assert high - record.peak_bytes() > 200 << 20
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*-seed*.json")), ids=lambda p: p.stem)

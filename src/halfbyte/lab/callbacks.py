@@ -24,7 +24,8 @@ from ..distributed import rank
 from ..errors import HalfbyteError, SpecError, UnsupportedError
 from ..probes import Probe, ProbeRow, attach
 from ..watching import named_plans
-from .record import peak_bytes
+from . import history
+from .record import can_forget_peak, forget_peak, peak_bytes
 
 if TYPE_CHECKING:  # It brings the tasks, whose packages a loop outside the lab does without.
     from .run import Step
@@ -54,25 +55,38 @@ def statistics(rows: Iterable[ProbeRow]) -> dict[str, dict[str, dict[str, float 
 
 
 @contextlib.contextmanager
-def measured(network: nn.Module, found: dict[str, Any], *, wanted: bool = True) -> Iterator[None]:
-    """Looks at the training steps inside, for a `Record`.
+def measured(
+    network: nn.Module, found: dict[str, Any], *, step: int = 0, wanted: bool = True
+) -> Iterator[Probe | None]:
+    """Looks at the training step inside, for a `Record`. Call it with the same `found` for each step to look at.
 
     Args:
         network: converted or not.
-        found: gets ``peak_bytes``, as it is before the steps, since a probe takes memory of its own; and at their end
-            ``probes``, the `statistics` of the last one, empty for a network in which nothing is quantized.
+        found: gets ``peak_bytes``, the most memory outside the steps that are looked at, since a probe takes memory of
+            its own; and at the step's end ``probes``, its `statistics`, and one step more of the
+            `halfbyte.lab.history`; both are empty for a network in which nothing is quantized.
+        step: its number, for the history.
         wanted: False looks at nothing and leaves `found` alone.
+
+    Yields:
+        The probe that looks, if one does.
     """
     if not wanted:
-        yield
+        yield None
         return
-    found.update(peak_bytes=peak_bytes(), probes={})
+    # Where a peak cannot be forgotten, every later one may be a probe's: the first stays.
+    if "peak_bytes" not in found or can_forget_peak():
+        found["peak_bytes"] = max(found.get("peak_bytes", 0), peak_bytes())
+    found.setdefault("history", {})
+    found["probes"] = {}
     if not named_plans(network):
-        yield
+        yield None
         return
     with attach(network) as probe:
-        yield
+        yield probe
     found["probes"] = statistics(probe.rows)
+    history.add(found["history"], step, probe.rows)
+    forget_peak()
 
 
 def with_probes(progress: Callable[[Step], None], folder: str | PathLike[str] | None) -> Callable[[Step], None]:

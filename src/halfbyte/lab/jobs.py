@@ -28,7 +28,7 @@ from ..errors import HalfbyteError
 from . import checkpoint, ranks, record
 from .guard import signals
 from .record import Record, RecordError
-from .run import RECORD_NAME, DivergedError, Interrupted, Progress, Run, Step
+from .run import PROGRESS_NAME, RECORD_NAME, DivergedError, Interrupted, Progress, Run, Step
 from .trainer import chosen_backend, train
 
 __all__ = ["Circumstances", "answer", "finish", "finish_all", "threads_each"]
@@ -88,7 +88,7 @@ def finish(run: Run, folder: Path | None, how: Circumstances, progress: Progress
             note(f"{run.name} went on from its checkpoint.")
             return result
     if distributed.rank() == 0:
-        for stale in (folder / RECORD_NAME, checkpoint.path_in(folder)):
+        for stale in (folder / RECORD_NAME, folder / PROGRESS_NAME, checkpoint.path_in(folder)):
             stale.unlink(missing_ok=True)
     return go(out_dir=folder)
 

@@ -13,7 +13,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,37 +23,18 @@ from torch import nn
 from .. import distributed, kernels, recipes
 from ..convert import summary
 from ..errors import HalfbyteError
+from ..watching import named_plans
 from . import checkpoint, phases, ranks, record, tasks
 from .callbacks import measured
 from .data.source import Batch
 from .guard import weighing
+from .history import moments
+from .position import Position
 from .record import Record
-from .run import DivergedError, Run, Step
+from .run import PROGRESS_NAME, DivergedError, Run, Step
 from .tasks import Carry, Outcome
 
 __all__ = ["Loop"]
-
-
-@dataclass
-class _Position:
-    """How far a run is; with the weights and the generators, all that a checkpoint holds."""
-
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    score_sum: float = 0.0
-    count: int = 0
-    samples: int = 0
-    train_seconds: float = 0.0
-    test_seconds: float = 0.0
-    threads: int = 0
-    world_size: int = 1
-    saved_bytes: int = 0
-    sources: list[str] = field(default_factory=list)
-    curves: dict[str, list[float]] = field(default_factory=dict)
-    layers: list[str] = field(default_factory=list)  # Of ordinary training, once fine-tuning has begun.
-    nonfinite: dict[str, int] = field(default_factory=dict)
-    measured: dict[str, Any] = field(default_factory=dict)  # At the last batch of ordinary training.
 
 
 class Loop:
@@ -89,7 +69,7 @@ class Loop:
         self.rows = 0  # of the last batch
         names = ("train_loss", f"train_{self.shown}", "test_loss", f"test_{self.shown}")
         curves: dict[str, list[float]] = {name: [] for name in names}
-        self.position = _Position(
+        self.position = Position(
             curves=curves,
             threads=torch.get_num_threads(),
             world_size=distributed.ranks(),
@@ -130,6 +110,8 @@ class Loop:
         optimizer = phases.optimizer(self.plain, self.settings)  # of the parameters that sharding left
         self.schedule = phases.schedule(optimizer, shape, epochs * self.batches_per_epoch)
         self.network, self.optimizer = self.fabric.setup(network, optimizer)
+        # Ordinary training is looked at; in fine-tuning little is quantized.
+        self.moments = moments(self.settings.epochs * self.batches_per_epoch, len(named_plans(self.plain)))
 
     def _copy(self) -> nn.Module:
         """A network of this process alone, with whole weights and the state of this one."""
@@ -161,9 +143,10 @@ class Loop:
         while at.epoch < self.epochs:
             size, seed = self.settings.batch_size, self.run.seed
             for batch in self.data.train.batches(size, seed=seed, epoch=at.epoch, start=at.batch):
-                last = (at.epoch + 1, at.batch + 1) == (self.settings.epochs, self.batches_per_epoch)
-                with measured(self.plain, at.measured, wanted=last):
+                done = at.epoch * self.batches_per_epoch + at.batch
+                with measured(self.plain, at.measured, step=done, wanted=done in self.moments) as probe:
                     self._train_on(batch)
+                at.train_seconds -= probe.seconds if probe else 0.0  # What looking took is not training.
                 # The last batch of an epoch is reported after the epoch is closed, so that what is saved is its end.
                 step = self._step()
                 if at.batch == self.batches_per_epoch:
@@ -239,6 +222,17 @@ class Loop:
             at.nonfinite = dict(broken - Counter(_nonfinite(self.plain)))  # The weights' quantizers count on.
         if self.folder is not None:
             self.save()
+            self._tell(self.folder / PROGRESS_NAME)
+
+    def _tell(self, path: Path) -> None:
+        """Writes what is known of the run so far, for whoever looks on: a small file, the first process's."""
+        if distributed.rank() != 0:
+            return
+        at = self.position
+        layers = at.layers or ([] if self.strategy == "fsdp2" else str(summary(self.plain)).splitlines())
+        so_far = self._record(at.curves[f"test_{self.shown}"][-1], layers, self.fabric.device.type)
+        with checkpoint.writing(path), contextlib.suppress(record.RecordError):  # A score may not be a number yet.
+            record.write_partial(dataclasses.replace(so_far, metric=self.shown), path, at.epoch, self.epochs)
 
     def _evaluate(self) -> tuple[float, float]:
         """Mean loss and score on the test data."""
@@ -305,7 +299,7 @@ class Loop:
         assert self.folder is not None
         state = checkpoint.load(self.fabric, self.folder, self.run.identity)
         try:
-            at = _Position(**state["position"])
+            at = Position(**state["position"])
             # Where nothing is done yet this network has all that is saved, and the first clips, which may not be.
             if at.samples or self.strategy is None:
                 self.position = at
@@ -349,11 +343,16 @@ class Loop:
 
     def record(self, accelerator: str) -> Record:
         """The result, once every epoch is done."""
-        at, task, run = self.position, self.task, self.run
         network = self._whole()
         layers = str(summary(network)).splitlines()
         value = self._judge(network)
         ranks.fold_counts(self.plain)
+        earlier = self.position.layers
+        return self._record(value, [*earlier, "fine-tuning:", *layers] if earlier else layers, accelerator)
+
+    def _record(self, value: float, layers: list[str], accelerator: str) -> Record:
+        """What there is to write of the run as it stands."""
+        at, task, run = self.position, self.task, self.run
         return Record(
             task=run.task,
             recipe=run.recipe,
@@ -372,7 +371,7 @@ class Loop:
             samples_per_s=at.samples / at.train_seconds,
             saved_bytes=at.saved_bytes,
             **at.measured,
-            layers=[*at.layers, "fine-tuning:", *layers] if at.layers else layers,
+            layers=layers,
             nonfinite=dict(Counter(at.nonfinite) + Counter(_nonfinite(self.plain))),
             fine_tune=run.fine_tune,
             stash=run.stash,

@@ -8,6 +8,7 @@ like a result.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -32,23 +33,31 @@ __all__ = [
     "SCHEMA",
     "Record",
     "RecordError",
+    "can_forget_peak",
     "commit",
+    "forget_peak",
     "machine",
     "peak_bytes",
     "read",
+    "read_partial",
     "source_sha256",
     "versions",
     "write",
+    "write_partial",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 _LATER = {
-    1: {"fine_tune", "conventions", "stash", "probes", "peak_bytes"},
-    2: {"stash", "probes", "peak_bytes"},
-    3: set[str](),
+    1: {"fine_tune", "conventions", "stash", "probes", "peak_bytes", "history"},
+    2: {"stash", "probes", "peak_bytes", "history"},
+    3: {"history"},
+    4: set[str](),
 }
 """The schemas that are read: for each the fields that it does not have, because its runs had or told no such thing."""
 _PACKAGE = Path(__file__).resolve().parents[1]
+_PARTIAL = "part of a run"
+"""Stands where a record has its schema, so that nobody takes one for the other."""
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 class RecordError(HalfbyteError, ValueError):
@@ -73,16 +82,17 @@ class Record:
         recipe_text: the recipe in full, so that a later change of its definition shows.
         command: the command that makes this record, argument by argument.
         curves: one list a quantity, one entry an epoch.
-        seconds: wall-clock time of training and evaluation, pauses between resumed parts excluded.
+        seconds: wall-clock time of training and evaluation, without pauses between resumed parts and what probes took.
         samples_per_s: training examples in a second of training.
         saved_bytes: what the network kept between forward and backward at the first batch, its parameters excluded.
-        peak_bytes: the most memory that the process had until the last batch of ordinary training, see `peak_bytes`; 0
-            where nobody looked.
+        peak_bytes: the most memory that the process had until the last batch of ordinary training, see `peak_bytes`,
+            without the batches that probes looked at; 0 where nobody looked.
         layers: the table of the converted model, line by line; after it, where there was fine-tuning, that phase's.
         probes: what quantization did at the last batch of ordinary training, by layer and by slot:
             ``probes["conv2"]["dgrad.grad_output"]["sqnr_db"]``. The measures are ``sqnr_db``, ``underflow_rate``,
             ``saturation_rate``, ``cosine`` and ``log2_scale``, see `halfbyte.probes.ProbeRow`; None for one that is not
             finite. Empty where nothing is quantized.
+        history: the same over the run, and how often each code was used, see `halfbyte.lab.history`.
         nonfinite: how many tensors with NaN or infinity each quantizer met; empty where there were none.
         fine_tune: epochs in high precision that followed the ordinary ones; the curves hold both.
         stash: how what autograd saved was kept; empty for as torch keeps it.
@@ -113,6 +123,7 @@ class Record:
     peak_bytes: int = 0
     layers: list[str]
     probes: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, Any] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     fine_tune: int = 0
     stash: str = ""
@@ -145,8 +156,31 @@ def write(record: Record, path: Path) -> None:
     Raises:
         RecordError: if the record holds a NaN or an infinity.
     """
+    _write({"schema": SCHEMA}, record, path)
+
+
+def write_partial(so_far: Record, path: Path, epoch: int, epochs: int) -> None:
+    """Writes what is known of a run that goes on, or nothing; no reader takes it for a record.
+
+    Args:
+        so_far: the record as it stands: its ``value`` is that of the latest epoch, its ``metric`` says of what.
+        path: the file; its folder is created where it is missing.
+        epoch: how many are done.
+        epochs: how many there will be.
+
+    Raises:
+        RecordError: if it holds a NaN or an infinity.
+    """
+    _write({"schema": _PARTIAL, "epoch": epoch, "epochs": epochs}, so_far, path)
+
+
+def _write(head: dict[str, Any], record: Record, path: Path) -> None:
+    content = dataclasses.asdict(record)
+    history = content.pop("history")
     try:
-        text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, indent=2, allow_nan=False)
+        text = json.dumps(head | content, indent=2, allow_nan=False)
+        # Tens of thousands of numbers, which on a line each would be most of the file.
+        last = json.dumps(history, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
         raise RecordError(
             f"The run {record.recipe!r} of {record.task!r} (seed {record.seed}) holds a NaN or an infinity. "
@@ -154,7 +188,8 @@ def write(record: Record, path: Path) -> None:
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(f"{text}\n", encoding="utf-8")
+    opened = text.removesuffix("\n}")
+    partial.write_text(f'{opened},\n  "history": {last}\n}}\n', encoding="utf-8")
     partial.replace(path)
 
 
@@ -167,6 +202,31 @@ def read(path: Path) -> Record:
     Raises:
         RecordError: if the file is missing, damaged, of another schema, or no record at all.
     """
+    content = _content(path)
+    schema = content.pop("schema")
+    if schema not in _LATER:
+        raise RecordError(f"{path} has schema {schema!r}; this version of halfbyte reads schema 1 to {SCHEMA}.")
+    return _record(content, schema, path)
+
+
+def read_partial(path: Path) -> tuple[Record, int, int]:
+    """Reads what `write_partial` wrote.
+
+    Returns:
+        The record so far, how many epochs are done, and how many there will be.
+
+    Raises:
+        RecordError: if the file is missing, damaged, or something else.
+    """
+    content = _content(path)
+    schema, epoch, epochs = (content.pop(name, None) for name in ("schema", "epoch", "epochs"))
+    if schema != _PARTIAL or not isinstance(epoch, int) or not isinstance(epochs, int):
+        raise RecordError(f"{path} does not tell of a run that goes on; it has schema {schema!r}.")
+    return _record(content, SCHEMA, path), epoch, epochs
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a file of a run holds."""
     cure = "A run that finishes writes one, as record.json in its folder."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -176,9 +236,11 @@ def read(path: Path) -> Record:
         raise RecordError(f"{path} is damaged or no record: {error}. Delete it and run again.") from error
     if not isinstance(content, dict) or "schema" not in content:
         raise RecordError(f"{path} is JSON, but no record: it has no 'schema'. {cure}")
-    schema = content.pop("schema")
-    if schema not in _LATER:
-        raise RecordError(f"{path} has schema {schema!r}; this version of halfbyte reads schema 1 to {SCHEMA}.")
+    return content
+
+
+def _record(content: dict[str, Any], schema: int, path: Path) -> Record:
+    """A record of the fields that a file holds."""
     known = {part.name for part in dataclasses.fields(Record)}
     known -= _LATER[schema]
     missing, foreign = sorted(known - content.keys()), sorted(content.keys() - known)
@@ -229,6 +291,21 @@ def peak_bytes() -> int:
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes.
+
+
+def can_forget_peak() -> bool:
+    """Whether `forget_peak` does something: on Linux, where the system lets a process speak of itself."""
+    return os.access(_CLEAR_PEAK, os.W_OK)
+
+
+def forget_peak() -> None:
+    """Sets `peak_bytes` back to what the process has now, where that can be done."""
+    if can_forget_peak():
+        # What was freed counts until it is given back. A C library other than glibc has no such call.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        _CLEAR_PEAK.write_text("5", encoding="ascii")
 
 
 def _cpu_model() -> str:

@@ -16,9 +16,10 @@ from ..stash import BITS
 from . import phases, tasks
 from .tasks import own
 
-__all__ = ["RECORD_NAME", "DivergedError", "Interrupted", "Progress", "Run", "Step"]
+__all__ = ["PROGRESS_NAME", "RECORD_NAME", "DivergedError", "Interrupted", "Progress", "Run", "Step"]
 
 RECORD_NAME = "record.json"  # In the folder of a finished run.
+PROGRESS_NAME = "progress.json"  # In the folder of one that goes on, from its first epoch's end to its record.
 
 
 class DivergedError(HalfbyteError, RuntimeError):

@@ -25,7 +25,7 @@ from . import checkpoint, ranks, record
 from .guard import reproducible, signals
 from .loop import Loop
 from .record import Record
-from .run import RECORD_NAME, Interrupted, Progress, Run
+from .run import PROGRESS_NAME, RECORD_NAME, Interrupted, Progress, Run
 
 __all__ = ["chosen_backend", "train"]
 
@@ -138,6 +138,7 @@ def train(
         if folder is not None and distributed.rank() == 0:
             with checkpoint.writing(folder / RECORD_NAME):
                 record.write(result, folder / RECORD_NAME)
+                (folder / PROGRESS_NAME).unlink(missing_ok=True)
         ranks.first(None)  # The others go on when the record is there.
     return result
 
