@@ -20,6 +20,7 @@ __all__ = [
     "FINE_TUNE",
     "JOBS",
     "MODEL",
+    "NO_REPORT",
     "RUNS",
     "SIZE",
     "STASH",
@@ -53,6 +54,7 @@ BACKEND = "Who computes four bits, to the same bits: native (compiled), referenc
 STRATEGY = "How the processes that torchrun started share a run: ddp or fsdp2. Without it: ddp."
 TENSORBOARD = "Folder for TensorBoard: what each operand of each layer loses, and the loss, every 100 batches."
 JOBS = "How many runs at a time, each in a process with its share of the threads."
+NO_REPORT = "Write no report.html, the page that shows the runs."
 RUNS = Path("runs")
 
 

@@ -65,21 +65,59 @@ def quantize(
     typer.echo(f"Original, quantized, error: {out}")
 
 
-@app.command(epilog=examples("halfbyte report runs -o results.md"))
+@app.command(
+    epilog=examples(
+        "halfbyte report runs -o report.html",
+        "halfbyte report runs --live",
+        "halfbyte report experiments/records -o results.md",
+    )
+)
 def report(
     records: Annotated[list[Path], typer.Argument(help="Records, or folders that hold some.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The Markdown file to write; its figures go beside it.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write: a page, FILE.html, or tables, FILE.md.")
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="Serve the page on this machine while runs go on.")] = False,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="For --live; without it a free one.")] = None,
 ) -> None:
-    """Write a page of results: tables with gaps beside the paper's, curves, and how each number was made.
+    """Show what came of runs: curves, layers, memory and time on one HTML page, or tables in Markdown.
 
-    Text in a file remarks.md beside the records of a task, in a folder of its name, follows that task's tables.
+    The page needs no network and no other file. In it are also runs that go on: with --live, a run's numbers appear at
+    the end of each of its epochs. In Markdown the tables stand beside the paper's; text in a file remarks.md beside the
+    records of a task, in a folder of its name, follows that task's tables, and figures go beside the file.
     """
+    from ..lab import page
+    from ..lab.page.live import serve
+    from ..lab.record import RecordError
     from ..lab.results import gather, remarks, write_page
 
-    if out.suffix != ".md":
-        raise HalfbyteError(f"-o {out} was given; the page is Markdown. Name a file *.md.")
-    for path in write_page(gather(records), out, remarks(records)):
-        typer.echo(path)
+    if live == (out is not None):
+        raise HalfbyteError(
+            "Give one of the two: -o FILE.html (or FILE.md) to write a file, or --live to serve a page."
+        )
+    if port is not None and not live:
+        raise HalfbyteError(f"--port {port} was given without --live, which serves the page. Give both or none.")
+    if out is None:
+        serve(records, port or 0, lambda address: typer.echo(f"Report: {address} (Ctrl-C ends it)"))
+        return
+    if out.suffix not in (".html", ".md"):
+        raise HalfbyteError(f"-o {out} was given; name a file *.html for the page, or *.md for tables in Markdown.")
+    if out.suffix == ".md":
+        for path in write_page(gather(records), out, remarks(records)):
+            typer.echo(path)
+        return
+    page.require_plotly()
+    running = page.going_on(records)
+    try:
+        found = gather(records)
+    except RecordError:
+        raise
+    except HalfbyteError:  # There is no record at all, but perhaps there will be.
+        if not running:
+            raise
+        found = []
+    page.write(found, out, running, with_model=True)
+    typer.echo(f"Report: {out}")
 
 
 @app.command()

@@ -6,8 +6,9 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import HalfbyteError
 from .app import (
@@ -17,6 +18,7 @@ from .app import (
     FINE_TUNE,
     JOBS,
     MODEL,
+    NO_REPORT,
     RUNS,
     SIZE,
     STASH,
@@ -28,6 +30,9 @@ from .app import (
     examples,
     typer,
 )
+
+if TYPE_CHECKING:  # Records need torch, and --help does not.
+    from ..lab.record import Record
 
 __all__ = ["audit", "compare", "train"]
 
@@ -53,6 +58,7 @@ def compare(
     backend: Annotated[str, typer.Option(help=BACKEND)] = "auto",
     strategy: Annotated[str | None, typer.Option(help=STRATEGY)] = None,
     jobs: Annotated[int, typer.Option(min=1, help=JOBS)] = 1,
+    no_report: Annotated[bool, typer.Option("--no-report", help=NO_REPORT)] = False,
 ) -> None:
     """Train one network under several recipes and seeds, and print what each recipe cost.
 
@@ -96,6 +102,7 @@ def compare(
     if json_file is not None and not console.quiet:
         result.write(json_file)
         console.print(f"Runs and summary: {json_file}")
+    _show(result.records, None if no_report else out, console)
     if result.failures:
         raise typer.Exit(1)
 
@@ -125,6 +132,7 @@ def train(
     accelerator: Annotated[str, typer.Option(help=ACCELERATOR)] = "cpu",
     backend: Annotated[str, typer.Option(help=BACKEND)] = "auto",
     strategy: Annotated[str | None, typer.Option(help=STRATEGY)] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help=NO_REPORT)] = False,
 ) -> None:
     """Train one network under one recipe, and write its record.
 
@@ -168,6 +176,7 @@ def train(
     for layer, count in result.nonfinite.items():
         console.print(f"{layer}: {count} tensors held NaN or infinity.", style="red")
     console.print(f"Record: {folder / RECORD_NAME}")
+    _show([result], None if no_report else folder, console)
 
 
 @app.command(
@@ -212,6 +221,20 @@ def audit(
         console.print(f"Report: {json_file}")
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _show(records: Sequence[Record], folder: Path | None, console: Console) -> None:
+    """Writes the report page beside the records, which are on the disk already; None for no page."""
+    if folder is None or console.quiet:
+        return
+    from ..lab import page
+
+    try:
+        page.write(records, folder / page.NAME)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with a page, the runs are done and their status is 0
+        console.print(f"No report page: {error}", style="dim", markup=False)
+    else:
+        console.print(f"Report: {folder / page.NAME}")
 
 
 def _device(name: str) -> Any:

@@ -19,7 +19,7 @@ from .compare import Comparison, Summary, summarize
 from .record import Record, RecordError, read
 from .tasks import own
 
-__all__ = ["PAPER", "Published", "gather", "remarks", "write_page"]
+__all__ = ["PAPER", "Group", "Published", "gather", "groups", "remarks", "write_page"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,17 @@ PAPER: Mapping[str, Published] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Group:
-    """The records of one task, network and size."""
+class Group:
+    """The records of one task, network and size: what can be compared.
+
+    Attributes:
+        task: name of the task.
+        model: name of the network.
+        size: name of the preset.
+        stash: how what autograd saved was kept.
+        fine_tune: epochs of fine-tuning.
+        records: in the order given.
+    """
 
     task: str
     model: str
@@ -68,14 +77,48 @@ class _Group:
 
     @property
     def name(self) -> str:
+        """A name for a file, as that of a run's folder without recipe and seed."""
         kept = f"-stash-{self.stash}" if self.stash else ""
         tuned = f"-ft{self.fine_tune}" if self.fine_tune else ""
         return f"{self.task.replace(':', '.')}-{self.model}-{self.size}{tuned}{kept}"
 
     @property
+    def recipes(self) -> list[str]:
+        """Names of the recipes, in the order of the table of recipes; others follow."""
+        present = dict.fromkeys(r.recipe for r in self.records)
+        return [*(n for n in recipes.RECIPES if n in present), *(n for n in present if n not in recipes.RECIPES)]
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds, each once."""
+        return sorted({r.seed for r in self.records})
+
+    @property
+    def command(self) -> str:
+        """The command that makes all of it again."""
+        first = self.records[0]
+        recipes_run = ",".join(dict.fromkeys(r.recipe for r in self.records))
+        words = ["halfbyte", "compare", first.task, "--recipes", recipes_run, "--seeds", str(1 + self.seeds[-1])]
+        words += ["--size", first.size, "--model", first.model]
+        words += ["--stash", self.stash] if self.stash else []
+        words += ["--fine-tune", str(self.fine_tune)] if self.fine_tune else []
+        return shlex.join(words)
+
+    @property
+    def commits(self) -> list[str]:
+        """The revisions that ran, shortened, and whether the package differed from them."""
+        told = (r.commit for r in self.records)
+        return sorted({f"{str(c['revision'])[:7]}{' with changes' if c['dirty'] else ''}" for c in told})
+
+    @property
+    def machines(self) -> list[str]:
+        """Processors, threads, torch and backend."""
+        return sorted({_machine(r) for r in self.records})
+
+    @property
     def comparison(self) -> Comparison:
-        present = {r.recipe for r in self.records}
-        return summarize(self.task, [name for name in recipes.RECIPES if name in present], self.records)
+        """Means, deviations and gaps."""
+        return summarize(self.task, self.recipes, self.records)
 
 
 def gather(paths: Sequence[Path]) -> list[Record]:
@@ -130,19 +173,19 @@ def write_page(records: Sequence[Record], path: Path, said: Mapping[str, str] = 
     Raises:
         HalfbyteError: if none of the records is of a task of this version, or matplotlib is not installed.
     """
-    groups = _groups(records)
-    if not groups:
+    found = groups([r for r in records if r.task in tasks.TASKS or own.is_own(r.task)])
+    if not found:
         raise HalfbyteError(f"None of the {len(records)} records is of a task that this version has.")
     figures = path.parent / "results"
     figures.mkdir(parents=True, exist_ok=True)
     written = [path]
     parts = [_HEAD]
-    for group in groups:
+    for group in found:
         figure = figures / f"{group.name}.svg"
         _draw(group, figure)
         written.append(figure)
         parts.append(_section(group, f"results/{figure.name}"))
-        if group.task in said and group is [g for g in groups if g.task == group.task][-1]:
+        if group.task in said and group is [g for g in found if g.task == group.task][-1]:
             parts.append(f"{said[group.task]}\n")
     path.write_text("\n".join(parts), encoding="utf-8")
     return written
@@ -157,29 +200,29 @@ one counts.
 """
 
 
-def _groups(records: Sequence[Record]) -> list[_Group]:
-    """Records by what can be compared, in the order of the tasks."""
-    known = [r for r in records if r.task in tasks.TASKS or own.is_own(r.task)]
-    order = [*tasks.TASKS, *sorted({r.task for r in known if own.is_own(r.task)})]
+def groups(records: Sequence[Record]) -> list[Group]:
+    """Records by what can be compared, in the order of the tasks; tasks that this version does not know come last."""
+    order = list(tasks.TASKS)
 
-    def key(record: Record) -> tuple[int, str, str, str, int]:
-        return order.index(record.task), record.model, record.size, record.stash, record.fine_tune
+    def key(record: Record) -> tuple[int, str, str, str, str, int]:
+        place = order.index(record.task) if record.task in order else len(order)
+        return place, record.task, record.model, record.size, record.stash, record.fine_tune
 
-    groups = [[r for r in known if key(r) == wanted] for wanted in sorted({key(r) for r in known})]
+    together = [[r for r in records if key(r) == wanted] for wanted in sorted({key(r) for r in records})]
     return [
-        _Group(
-            task=records[0].task,
-            model=records[0].model,
-            size=records[0].size,
-            stash=records[0].stash,
-            fine_tune=records[0].fine_tune,
-            records=records,
+        Group(
+            task=alike[0].task,
+            model=alike[0].model,
+            size=alike[0].size,
+            stash=alike[0].stash,
+            fine_tune=alike[0].fine_tune,
+            records=alike,
         )
-        for records in groups
+        for alike in together
     ]
 
 
-def _section(group: _Group, figure: str) -> str:
+def _section(group: Group, figure: str) -> str:
     """One group: its table, its curves, and how it was made."""
     # A record says how its task is judged: one of somebody's own is not imported to look at its results.
     first, result, paper = group.records[0], group.comparison, PAPER.get(group.task)
@@ -242,23 +285,11 @@ def _worse(result: Comparison, paper: Published | None, *, higher: bool) -> str 
     return f"Worse than the paper's gap: {', '.join(behind)}.\n" if behind else None
 
 
-def _made(group: _Group) -> str:
+def _made(group: Group) -> str:
     """Commands, commits and machines, each once."""
-    first = group.records[0]
-    recipes_run = ",".join(dict.fromkeys(r.recipe for r in group.records))
-    seeds = 1 + max(r.seed for r in group.records)
-    words = ["halfbyte", "compare", first.task, "--recipes", recipes_run, "--seeds", str(seeds)]
-    words += ["--size", first.size, "--model", first.model]
-    words += ["--stash", group.stash] if group.stash else []
-    words += ["--fine-tune", str(group.fine_tune)] if group.fine_tune else []
-    command = shlex.join(words)
-    commits = sorted(
-        {f"{str(r.commit['revision'])[:7]}{' with changes' if r.commit['dirty'] else ''}" for r in group.records}
-    )
-    machines = sorted({_machine(r) for r in group.records})
     return (
-        f"`{command}` at {', '.join(commits)}; seeds {', '.join(map(str, sorted({r.seed for r in group.records})))}; "
-        f"{'; '.join(machines)}. Time and what is kept for the backward pass are multiples of the baseline's."
+        f"`{group.command}` at {', '.join(group.commits)}; seeds {', '.join(map(str, group.seeds))}; "
+        f"{'; '.join(group.machines)}. Time and what is kept for the backward pass are multiples of the baseline's."
     )
 
 
@@ -271,7 +302,7 @@ def _machine(record: Record) -> str:
     )
 
 
-def _draw(group: _Group, path: Path) -> None:
+def _draw(group: Group, path: Path) -> None:
     """The test loss by epoch: a line for each recipe, a band over its seeds."""
     try:
         from matplotlib import rcParams
