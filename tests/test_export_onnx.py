@@ -336,3 +336,15 @@ def test_open_lengths_are_called_by_what_they_are(tmp_path):
     dims = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)]
     assert dims[:2] == [["batch", 3], ["batch", 3]]
     assert dims[2] != ["batch"]
+
+
+@pytest.mark.parametrize("recipe", ["article", "ibm2020", "luq", "int8", INSIDE], ids=str)
+def test_pooled_activations_are_rounded(recipe, tmp_path):
+    """ONNX Runtime takes a rounding behind a MaxPool, which it would like to pull in front of that, and reshapes."""
+    torch.manual_seed(0)
+    x = (torch.rand(2, 1, 8, 8),)
+    head = (nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), *head)
+    trained(model, x, recipe, rules=[hb.Rule(fqn="*", recipe=recipe)])
+    export.save_onnx(model, x, tmp_path / "m.onnx")
+    assert close(outputs(tmp_path / "m.onnx", x), run(model, x))

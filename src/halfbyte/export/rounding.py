@@ -69,8 +69,10 @@ def quantized(graph: Graph, x: str, quantizer: Quantizer | None, plan: Plan, slo
     if grid.shift:
         x = graph.emit("Add", x, graph.number(grid.shift))
     least, most = _ends(grid.bits, grid.signed)
-    # Not Clip: ONNX Runtime (1.32) fuses one with the QuantizeLinear behind it, and knows no INT4 there.
-    if grid.low != least:
+    # Not Clip: ONNX Runtime (1.32) fuses one with the QuantizeLinear behind it, and knows no INT4 there. Where nothing
+    # needs cutting a Max stays all the same: ONNX Runtime pulls a bare QuantizeLinear in front of a MaxPool, where it
+    # knows no INT4 either.
+    if grid.low != least or (grid.high == most and not grid.shift):
         x = graph.emit("Max", x, graph.number(grid.scale * grid.low))
     if grid.high != most:
         x = graph.emit("Min", x, graph.number(grid.scale * grid.high))
