@@ -118,6 +118,16 @@ def test_a_large_tensor_is_sampled_at_every_place_of_its_rows():
     assert quantizer.settling.errors.any()
 
 
+@pytest.mark.parametrize("count", [2049, 4000, 4096, 100_000])
+def test_the_end_of_a_tensor_is_seen(count):
+    """Numbers that stand only in the last quarter of a tensor of any length have a say."""
+    x = torch.zeros(count)
+    x[-count // 4 :] = 1.0
+    quantizer = Pact(clip=4.0, signed=True, settle=1).build()
+    quantizer.quantize(x, observe=True)
+    assert quantizer.settling.errors.any()
+
+
 def test_ranks_choose_one_clip_from_all_their_errors(monkeypatch):
     """The errors of all ranks are added before the least is looked for."""
     mine, other = 0.2 * torch.randn(512), 3.0 * torch.randn(512)
@@ -213,10 +223,11 @@ def test_a_settling_clip_of_a_broken_tensor_stays_a_number():
     assert found == passes(Pact(clip=1.0, signed=True, settle=2), x)[-1]
 
 
-def test_a_negative_number_of_passes_is_refused():
-    """settle=-1 raises, with what is possible."""
-    with pytest.raises(SpecError, match=r"settle=-1.*0 or more passes"):
-        Pact(settle=-1)
+@pytest.mark.parametrize("settle", [-1, 2.5])
+def test_what_is_no_number_of_passes_is_refused(settle):
+    """A negative number and a broken one raise, with what is possible."""
+    with pytest.raises(SpecError, match=rf"settle={settle}.*0 or more passes"):
+        Pact(settle=settle)
 
 
 def test_a_converted_layers_clips_move_without_an_optimizer():

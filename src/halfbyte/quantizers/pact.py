@@ -64,7 +64,8 @@ class Pact(Spec):
     def __post_init__(self) -> None:
         require(2 <= self.bits <= 8, f"Pact(bits={self.bits})", "2 to 8 bits are possible")
         require(self.clip is None or self.clip > 0, f"Pact(clip={self.clip})", "a clip is above zero, or None")
-        require(not self.settle or self.settle > 0, f"Pact(settle={self.settle})", "0 or more passes are possible")
+        counted = self.settle is None or (isinstance(self.settle, int) and self.settle >= 0)
+        require(counted, f"Pact(settle={self.settle})", "0 or more passes are possible")
 
     def __repr__(self) -> str:
         # As it was before there was `settle`: checkpoints of then, which hold this text, do not settle either.
