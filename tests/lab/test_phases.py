@@ -10,7 +10,7 @@ from torch import nn
 import halfbyte as hb
 from halfbyte.lab import phases
 from halfbyte.lab.tasks import Settings
-from halfbyte.recipes import REUSE, Dgrad, Fprop, Recipe
+from halfbyte.recipes import REUSE, Dgrad, Fprop, Recipe, get
 
 QUANTIZING = [recipe for recipe in hb.RECIPES.values() if not recipe.in_floating_point]
 RUNNING_RANGE = Recipe(name="running", fprop=Fprop(input=hb.MinMax(), weight=hb.MinMax()))
@@ -217,3 +217,23 @@ def test_optimizers_get_their_settings():
     assert (adamw.defaults["betas"], adamw.defaults["weight_decay"]) == ((0.8, 0.9), 0.1)
     sgd = phases.optimizer(network(), settings(momentum=0.9))
     assert (type(sgd), sgd.defaults["momentum"]) == (torch.optim.SGD, 0.9)
+
+
+def test_clips_have_a_rate_of_their_own():
+    """`learned_rate` is that of the clips, of each of them and of nothing else."""
+    model = phases.prepare(network(), get("ibm2020"), seed=0)
+    clips = {name: p for name, p in model.named_parameters() if name.endswith("clip")}
+    first, second = phases.optimizer(model, settings(learned_rate=0.25)).param_groups
+    assert clips
+    assert {id(p) for p in second["params"]} == {id(p) for p in clips.values()}
+    assert len(first["params"]) == len(list(model.parameters())) - len(clips)
+    assert (first["lr"], second["lr"]) == (settings().learning_rate, 0.25)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "ibm2020"])
+def test_without_a_rate_of_their_own_clips_are_parameters_like_others(recipe):
+    """One group holds all parameters, and a model without clips has no second one."""
+    model = phases.prepare(network(), get(recipe), seed=0)
+    assert len(phases.optimizer(model, settings()).param_groups) == 1
+    if recipe == "fp32":
+        assert len(phases.optimizer(model, settings(learned_rate=0.25)).param_groups) == 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -124,10 +124,18 @@ def triangle(done: int, total: int) -> float:
 def optimizer(network: nn.Module, settings: Settings) -> Optimizer:
     """The optimizer that the settings name, over every parameter, with fresh state."""
     rate, decay = settings.learning_rate, settings.weight_decay
+    parameters: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+    if settings.learned_rate is not None:
+        learned = {id(m.learned) for m in network.modules() if isinstance(m, Quantizer) and m.learned is not None}
+        others = [p for p in network.parameters() if id(p) not in learned]
+        parameters = [{"params": others}]
+        if learned:
+            found = [p for p in network.parameters() if id(p) in learned]
+            parameters.append({"params": found, "lr": settings.learned_rate})
     if settings.optimizer != "sgd":
         kind = Adam if settings.optimizer == "adam" else AdamW
-        return kind(network.parameters(), lr=rate, weight_decay=decay, betas=settings.betas or (0.9, 0.999))
-    return SGD(network.parameters(), lr=rate, momentum=settings.momentum, weight_decay=decay)
+        return kind(parameters, lr=rate, weight_decay=decay, betas=settings.betas or (0.9, 0.999))
+    return SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay)
 
 
 def schedule(stepped: Optimizer, shape: Callable[[int, int], float], total: int) -> LambdaLR:

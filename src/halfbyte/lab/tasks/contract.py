@@ -41,6 +41,7 @@ class Settings:
         batch_size: examples in a step.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         learning_rate: the highest.
+        learned_rate: the highest of what quantizers learn (clips, steps); None for `learning_rate`.
         model: the network that is meant when none is named; empty for the task's own default.
         momentum: of SGD; the others have their own and take none here.
         weight_decay: L2 penalty on every parameter, the learned clips of PACT included.
@@ -64,6 +65,7 @@ class Settings:
     batch_size: int
     optimizer: Literal["sgd", "adam", "adamw"]
     learning_rate: float
+    learned_rate: float | None = None
     model: str = ""
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -83,8 +85,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         counts = (self.epochs, self.batch_size, self.test_batch_size, self.beam, self.examples, self.test_examples)
-        if any(count is not None and count < 1 for count in counts) or self.learning_rate <= 0:
-            raise HalfbyteError(f"{self} cannot learn: epochs, batch_size and learning_rate must be above zero.")
+        rates = (self.learning_rate, self.learned_rate)
+        if any(count is not None and count < 1 for count in counts) or any(r is not None and r <= 0 for r in rates):
+            raise HalfbyteError(f"{self} cannot learn: epochs, batch_size and learning rates must be above zero.")
         for what, given, possible in (
             ("optimizer", self.optimizer, _OPTIMIZERS),
             ("schedule", self.schedule, _SCHEDULES),
