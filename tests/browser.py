@@ -25,7 +25,8 @@ __all__ = ["axe_violations", "chromium", "layout_shift", "overflow", "page", "un
 
 LOCAL = re.compile(r"^(file:|data:|blob:|about:|https?://127\.0\.0\.1[:/])")
 FOREIGN = re.compile(r"^(?!file:|data:|blob:|about:|https?://127\.0\.0\.1[:/])")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND"]
+NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", NO_NAMES]
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 800}
 # Runs before the page's own scripts, so that no early shift is missed.

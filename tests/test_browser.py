@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,6 +34,29 @@ def test_watch(page: Page, body: str, expected: str) -> None:
     watched.wait_for_timeout(50)
     watched.context.close()
     assert expected in problems if expected else problems == []
+
+
+class Hello(BaseHTTPRequestHandler):
+    """Answers everything with a word."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_this_machine_is_reached(page: Page) -> None:
+    """A server on 127.0.0.1 is reached, although no name is."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hello) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        server.shutdown()
+        thread.join()
+    assert page.inner_text("body") == "hello"
 
 
 def test_axe_sees_a_missing_label(page: Page) -> None:

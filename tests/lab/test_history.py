@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte import probes
-from halfbyte.lab import history
+from halfbyte.lab import callbacks, history
 from halfbyte.lab.callbacks import measured
 from halfbyte.lab.history import add, moments
 from halfbyte.lab.run import PROGRESS_NAME, RECORD_NAME
@@ -124,6 +126,26 @@ def test_measured_adds_a_step_to_the_history():
         assert probe is None or probe.seconds > 0
     assert found["history"]["steps"] == [1, 3]
     assert found["history"]["layers"].keys() == {"1"}
+
+
+@pytest.mark.parametrize(("forgets", "expected"), [(True, 9), (False, 5)])
+def test_the_peak_is_not_a_probe_s(monkeypatch, forgets, expected):
+    """The peak is the largest outside the steps that are looked at; where none can be forgotten, the first."""
+    peaks = iter([5, 9, 7])
+    monkeypatch.setattr(callbacks, "peak_bytes", lambda: next(peaks))
+    monkeypatch.setattr(callbacks, "can_forget_peak", lambda: forgets)
+    found: dict = {}
+    for step in range(3):
+        with measured(nn.Linear(2, 2), found, step=step):
+            pass
+    assert found["peak_bytes"] == expected
+
+
+def test_what_looking_took_is_not_in_the_time(monkeypatch):
+    """Where a probe says that each look took a million seconds, a run has taken less than none."""
+    ticks = itertools.count(step=1_000_000)
+    monkeypatch.setattr(probes, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    assert train("digits", "ibm2020", 0, size="smoke").seconds < -1_000_000
 
 
 def test_a_run_has_a_history_whose_end_is_its_probes(tmp_path):

@@ -240,6 +240,6 @@ def test_a_live_page_keeps_what_was_typed(page: Page, tmp_path) -> None:
             page.wait_for_selector("section table >> text=98.00")
             assert axe_violations(page) == []
         finally:
-            page.goto("about:blank")  # Else it asks a server that is gone.
+            page.close()  # Else it asks a server that is gone.
             running.shutdown()
             thread.join()
