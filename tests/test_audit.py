@@ -20,6 +20,7 @@ from halfbyte import cli, kernels
 from halfbyte.auditing import audit
 from halfbyte.lab.data import digits as digits_data
 from halfbyte.lab.models import digits
+from halfbyte.quantizers import Spec
 from halfbyte.recipes import Recipe
 
 run = importlib.import_module("halfbyte.auditing.run")
@@ -274,10 +275,13 @@ def test_a_batch_of_keywords_and_an_output_of_several_tensors() -> None:
 
 
 @pytest.mark.skipif(not kernels.native.available(), reason="no compiled library")
-@pytest.mark.parametrize(("recipe", "ran_in"), [("ibm2020", "native: "), ("nvfp4", "reference: ")])
-def test_what_is_handed_over_is_not_claimed(recipe: str, ran_in: str) -> None:
-    """Under the native backend a product without a kernel is reported as the reference's."""
-    model = hb.convert(network(), recipe, [hb.Rule(recipe=recipe)], backend="native")
+@pytest.mark.parametrize(
+    ("weight", "ran_in"), [(hb.Sawb(), "native: "), (hb.Nearest(fmt="fp8_e4m3"), "reference: ")], ids=["int4", "fp8"]
+)
+def test_what_is_handed_over_is_not_claimed(weight: Spec, ran_in: str) -> None:
+    """Under the native backend a product without a kernel (a zero point beside FP8) is reported as the reference's."""
+    recipe = Recipe(name="hand", fprop=hb.Fprop(input=hb.MinMax(), weight=weight))
+    model = hb.convert(network(), recipe, backend="native")
     assert audit(model, data()).layers[0].executed.startswith(ran_in)
 
 

@@ -111,6 +111,14 @@ def test_without_a_compiler_the_cure_is_named(tmp_path: Path, capsys: pytest.Cap
 
 
 @needs_compiler
+def test_cxxflags_reach_the_compiler(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag of one's own is handed over: one that no compiler knows fails the build."""
+    monkeypatch.setenv("CXXFLAGS", "-O1 -fno-such-flag")
+    with pytest.raises(build.BuildError, match="no-such-flag"):
+        build.build(tmp_path / "lib.so", compiler=[str(SYSTEM)], sources=sources)
+
+
+@needs_compiler
 def test_a_built_library_says_what_it_is(sources: Path, tmp_path: Path) -> None:
     """The library names its compiler, instruction sets and sources, and nothing else is left over."""
     target = tmp_path / "out" / "lib.so"

@@ -161,7 +161,7 @@ def build(
 
     Args:
         target: where it goes; replaced in one step, so that a process that has the old one keeps it.
-        compiler: the compiler's command; `find_compiler` looks for one if None.
+        compiler: the compiler's command; `find_compiler` looks for one if None. It gets the flags in ``CXXFLAGS``, too.
         sources: the folder of the C++ files.
         extra: more flags for every command, for example ``-fsanitize=address,undefined``.
 
@@ -182,12 +182,13 @@ def build(
     label = f"{name}, {platform.machine()}, {'+'.join(isas)}, sources {fingerprint(sources)}"
     command += _target_flags(command)
     units = [(isa, "kernels.cpp", ISA_FLAGS[isa]) for isa in isas]
+    own = shlex.split(os.environ.get("CXXFLAGS", ""))
     units.append(("dispatch", "dispatch.cpp", [f'-DHB_BUILD="{label}"', *(["-DHB_WITH_X86"] if x86 else [])]))
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             work = Path(folder)
             jobs = [
-                [*command, *FLAGS, *flags, *extra, "-c", str(sources / source), "-o", str(work / f"{unit}.o")]
+                [*command, *FLAGS, *flags, *own, *extra, "-c", str(sources / source), "-o", str(work / f"{unit}.o")]
                 for unit, source, flags in units
             ]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
