@@ -27,6 +27,8 @@ LOCAL = re.compile(r"^(file:|data:|blob:|about:|https?://127\.0\.0\.1[:/])")
 FOREIGN = re.compile(r"^(?!file:|data:|blob:|about:|https?://127\.0\.0\.1[:/])")
 NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", NO_NAMES]
+PATIENCE = 240_000
+"""Milliseconds: pages are some megabytes, and the processor may be busy. Speed is no claim of these tests."""
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 800}
 # Runs before the page's own scripts, so that no early shift is missed.
@@ -67,6 +69,7 @@ def chromium() -> Iterator[Browser]:
 def page(chromium: Browser) -> Iterator[Page]:
     """A fresh page of 1280 x 800 in light colors; console errors and requests that leave fail the test."""
     context = chromium.new_context(viewport=DESK, color_scheme="light", reduced_motion="reduce")
+    context.set_default_timeout(PATIENCE)
     context.route(FOREIGN, lambda route: route.abort())
     context.add_init_script(OBSERVE_SHIFT)
     fresh = context.new_page()
