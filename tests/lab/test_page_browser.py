@@ -45,6 +45,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 def scroll_through(page: Page) -> None:
     """Looks at all of the page, so that every chart is drawn, and comes back."""
+    until(page, lambda: page.evaluate("typeof Plotly") == "object")
     height = page.evaluate("document.documentElement.scrollHeight")
     for y in range(0, height, 500):
         page.evaluate("(y) => window.scrollTo({top: y, behavior: 'instant'})", y)
@@ -90,12 +91,34 @@ def test_a_phone_scrolls_one_way(page: Page, address, name) -> None:
 def test_charts_wait_until_they_are_seen(page: Page, address) -> None:
     """With 100 layers no chart of a layer exists before it is opened, and what is below the screen is not drawn."""
     page.goto(address("large"))
-    page.wait_for_selector(DRAWN)
     assert page.locator(".chart").count() == 3  # Loss, accuracy, and all layers at a glance.
+    until(page, lambda: page.locator(DRAWN).count() >= 2)
+    page.wait_for_timeout(300)
     assert page.locator(DRAWN).count() == 2
     page.locator(".chart").last.scroll_into_view_if_needed()
     until(page, lambda: page.locator(DRAWN).count() == 3)
     assert page.locator("tbody button.open").count() == 100
+
+
+def test_tables_do_not_wait_for_plotly(page: Page, address) -> None:
+    """When the page is loaded its tables and controls are there and Plotly is text that nobody has read yet."""
+    page.add_init_script("addEventListener('load', () => { window.atLoad = [typeof Plotly, "
+                         "document.querySelectorAll('tbody tr').length]; })")  # fmt: skip
+    page.goto(address("large"))
+    kind, rows = page.evaluate("window.atLoad")
+    assert kind == "undefined"
+    assert rows > 100
+    page.wait_for_selector(DRAWN)
+    assert page.evaluate("typeof Plotly") == "object"
+
+
+def test_paper_waits_for_nobody(page: Page, address) -> None:
+    """Whoever prints before Plotly was read gets every chart."""
+    page.add_init_script("window.requestAnimationFrame = () => 0;")  # Its turn never comes.
+    page.goto(address("large"))
+    assert page.evaluate("typeof Plotly") == "undefined"
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator(DRAWN).count() == page.locator(".chart").count() == 3
 
 
 def test_the_filter_takes_every_word(page: Page, address) -> None:
@@ -192,6 +215,7 @@ def test_on_paper(page: Page, address) -> None:
     """Print is black on white even in dark colors, without buttons, and recipes that are not shown have no key."""
     page.emulate_media(color_scheme="dark")
     page.goto(address("group"))
+    page.wait_for_selector(DRAWN)
     page.get_by_role("checkbox", name="bf16").uncheck()
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -75,6 +75,7 @@ const Charts = (() => {
   }
 
   function all() {
+    begin();
     for (const node of known.keys()) draw(node);
   }
 
@@ -87,8 +88,13 @@ const Charts = (() => {
     }
   }
 
+  /* Plotly is nearly all of the file. It waits as text until the tables are on the screen, and is read then. */
   function begin() {
+    if (begun) return;
     begun = true;
+    const waiting = document.getElementById("plotly");
+    document.head.append(el("script", {}, waiting.textContent));
+    waiting.remove();
     for (const node of known.keys()) {
       near.unobserve(node);
       near.observe(node);
