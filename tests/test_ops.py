@@ -144,6 +144,20 @@ def test_a_slot_changes_only_the_results_that_it_feeds(slot: str) -> None:
     assert tuple(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == FEEDS[slot]
 
 
+@pytest.mark.parametrize("gradient", [hb.Radix4(), hb.Luq(), hb.NVFP4(rounding="stochastic"), hb.BitSplit()], ids=str)
+@pytest.mark.parametrize("gemm", ["dgrad", "wgrad"])
+def test_a_gain_multiplies_the_gradient_of_its_gemm_alone(gemm: str, gradient: hb.Spec) -> None:
+    """A gain of two doubles what its GEMM gives, to the bit, and leaves the output and the other gradient alone."""
+    base = base_recipe()
+    scale = base.grad_scale if isinstance(gradient, hb.Radix4) else None
+    slots = {"dgrad": Dgrad(grad_output=gradient, weight=hb.Sawb()), "wgrad": Wgrad(grad_output=gradient)}
+    base = replace(base, **slots, grad_scale=scale)
+    y, grad_input, grad_weight = pass_through(base)
+    amplified = pass_through(replace(base, **{gemm: replace(slots[gemm], gain=2.0)}))
+    expected = (y, 2 * grad_input, grad_weight) if gemm == "dgrad" else (y, grad_input, 2 * grad_weight)
+    assert all(torch.equal(a, b) for a, b in zip(amplified, expected, strict=True))
+
+
 @pytest.mark.parametrize("accumulate", ["fp32", "fp16_chunk64"])
 def test_accumulate_is_a_knob_that_acts(accumulate: str) -> None:
     """float16 chunks reach all three GEMMs; float32 sums of so few small integers are still exact."""

@@ -31,6 +31,7 @@ from halfbyte import (
     Rule,
     Sawb,
     convert,
+    quantize,
     restore,
     summary,
 )
@@ -66,6 +67,7 @@ SLOTS: dict[str, tuple[str, str, str, str, type | None]] = {
     "article": ("int4", "int4", EVEN, ODD, LayerGradScale),
     "ibm2020": (ACTIVATION, "int4", EVEN, ODD, LayerGradScale),
     "ibm2020_dw_fp8": (ACTIVATION, "int4", EVEN, "fp8_e5m2", LayerGradScale),
+    "ibm2020_gain": (ACTIVATION, "int4", EVEN, ODD, LayerGradScale),
     "ibm2020_1x1_fp8": (ACTIVATION, "int4", EVEN, ODD, LayerGradScale),
     "ibm2020_bottom_1x1_fp8": (ACTIVATION, "int4", EVEN, ODD, LayerGradScale),
     "int4_forward_only": (ACTIVATION, "int4", "float", "float", None),
@@ -136,6 +138,24 @@ def test_slots_of_every_follower(name):
 def test_a_recipe_says_whether_it_draws(name, random):
     """`random` is true where rounding or the signs of a rotation are drawn, which is where a seed acts."""
     assert RECIPES[name].random is random
+
+
+def test_a_gain_is_shown_and_belongs_to_the_conventions_only_where_there_is_one():
+    """Checkpoints from before there was `gain` are read on: without one the text is what it was."""
+    assert "gain" not in RECIPES["ibm2020"].conventions
+    assert "gain=1.155" in RECIPES["ibm2020_gain"].conventions
+    assert [line.split() for line in str(RECIPES["ibm2020_gain"]).splitlines() if ".gain" in line] == [
+        ["dgrad.gain", "1.15525"],
+        ["wgrad.gain", "1.15525"],
+    ]
+
+
+@pytest.mark.parametrize("phase", [Phase.EVEN, Phase.ODD])
+def test_the_recipes_gain_undoes_the_mean_shrinkage_of_radix_4(phase):
+    """On numbers that are uniform on a logarithmic axis over whole periods, the mean of q / x times the gain is one."""
+    x = 4.0 ** (torch.arange(200_000, dtype=torch.float64) / 100_000 - 1)
+    mean = (quantize(x, Radix4(phase=phase)).dequantize(torch.float64) / x).mean().item()
+    assert round(mean * RECIPES["ibm2020_gain"].dgrad.gain, 4) == 1.0
 
 
 def test_conventions_name_every_field():
@@ -221,6 +241,12 @@ GRADIENTS: dict[str, Any] = {
             "the blocks of MXFP4.* run along fprop's",
         ),
         ({"wgrad": Wgrad(samples=3, grad_output=Luq())}, r"wgrad\.samples=3 was given; 1, 2, 4 or 8 is possible"),
+        (
+            {**GRADIENTS, "dgrad": Dgrad(grad_output=Radix4(), gain=0.0)},
+            r"dgrad\.gain=0\.0 was given; a number from 0\.25",
+        ),
+        ({**GRADIENTS, "wgrad": Wgrad(grad_output=Radix4(), gain=True)}, r"wgrad\.gain=True was given; a number from"),
+        ({"dgrad": Dgrad(gain=2.0)}, r"dgrad\.gain=2\.0 was given; it cannot act, because dgrad\.grad_output is not"),
         ({**GRADIENTS, "dgrad": Dgrad(grad_output=Radix4(), samples=2)}, r"dgrad\.samples=2 .* not rounded at random"),
         ({"wgrad": Wgrad(samples=2)}, "not rounded at random"),
         ({"dgrad": Dgrad(transform=Hadamard(), weight=None)}, "cancels between two operands in floating point"),

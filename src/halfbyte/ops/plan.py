@@ -128,6 +128,7 @@ class Plan(Stateful):
                 {"dgrad": recipe.dgrad.grad_output, "wgrad": recipe.wgrad.grad_output},
                 scale,
                 samples={"dgrad": recipe.dgrad.samples, "wgrad": recipe.wgrad.samples},
+                gains={"dgrad": recipe.dgrad.gain, "wgrad": recipe.wgrad.gain},
                 shared=recipe.one_gradient,
                 device=device,
                 backend=backend,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,15 @@ from ..rng import Draw
 from .state import NonFiniteCounter
 
 __all__ = ["Quantized", "Quantizer", "Spec", "Use", "in_backward", "quantize"]
+
+
+def repr_as_before(value: Any, later: str, first: object) -> str:
+    """A dataclass's repr, without a field that came later while that has its first value.
+
+    Checkpoints hold this text: those of before the field agree with what they were.
+    """
+    shown = ", ".join(f"{k}={v!r}" for k, v in vars(value).items() if k != later or v != first)
+    return f"{type(value).__name__}({shown})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class GradQuantizer(NonFiniteCounter):
     Attributes:
         specs: of ``dgrad.grad_output`` and ``wgrad.grad_output``; None leaves it in floating point.
         samples: how many independent quantizations stand for it in either.
+        gains: what each of the two is multiplied by.
         shared: whether one random quantization serves both.
         grad_scale: the layer's scale, perhaps shared with other layers; None where no spec is a `Grid`.
         dgrad: quantizer of a dgrad spec that brings its own scale, or None.
@@ -59,6 +61,7 @@ class GradQuantizer(NonFiniteCounter):
         grad_scale: GradScaleState | None,
         *,
         samples: Mapping[Gemm, int],
+        gains: Mapping[Gemm, float] = MappingProxyType({"dgrad": 1.0, "wgrad": 1.0}),
         shared: bool = False,
         device: torch.device | None = None,
         backend: str = "reference",
@@ -67,6 +70,7 @@ class GradQuantizer(NonFiniteCounter):
         super().__init__(device=device, backend=backend)
         self.specs = dict(specs)
         self.samples = dict(samples)
+        self.gains = dict(gains)
         self.shared = shared
         self.grad_scale = grad_scale
         self._limit = scale_limit(list(specs.values()))
@@ -97,7 +101,14 @@ class GradQuantizer(NonFiniteCounter):
                 found[gemm] = (
                     found[other] if self.shared and other else self._own(gemm, grads[gemm], uses[gemm], observe)
                 )
-        return found
+        return {gemm: self._amplified(gemm, parts) for gemm, parts in found.items()}
+
+    def _amplified(self, gemm: Gemm, parts: Parts) -> Parts:
+        """The parts times the GEMM's gain."""
+        gain = self.gains[gemm]
+        if gain == 1.0:
+            return parts
+        return tuple(replace(q, scale=q.scale * gain) if isinstance(q, QTensor) else q for q in parts)
 
     def _own(self, gemm: Gemm, grad: Tensor, use: Use, observe: bool) -> Parts:
         """The parts by a spec that brings its own scale."""

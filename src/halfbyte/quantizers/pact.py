@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..distributed import least_of_ranks, mean_of_ranks, most_of_ranks
 from ..formats import Format, int4, int8, integer, uint4
 from ..qtensor import QTensor, pack_bits, unpack_bits
-from .contract import Quantized, Quantizer, Spec, Use, require, without_nan
+from .contract import Quantized, Quantizer, Spec, Use, repr_as_before, require, without_nan
 from .number import Number, clamp, read, rounded, stored
 from .settling import Settling
 
@@ -68,9 +68,7 @@ class Pact(Spec):
         require(counted, f"Pact(settle={self.settle})", "0 or more passes are possible")
 
     def __repr__(self) -> str:
-        # As it was before there was `settle`: checkpoints of then, which hold this text, do not settle either.
-        names = [name for name in vars(self) if name != "settle" or self.settle is not None]
-        return f"Pact({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+        return repr_as_before(self, "settle", None)
 
     @property
     def learns(self) -> bool:

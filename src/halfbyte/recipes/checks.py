@@ -13,6 +13,7 @@ from .slots import Gemms, Requantize, Reuse
 __all__ = ["problems"]
 
 _MOST_SAMPLES = 8
+_LEAST_GAIN = 0.25
 
 
 def problems(gemms: Gemms, grad_scale: object, accumulate: object, dtype: object) -> Iterator[str]:
@@ -24,6 +25,8 @@ def problems(gemms: Gemms, grad_scale: object, accumulate: object, dtype: object
         yield from _transform(gemm, gemms)
     yield from _samples("dgrad", gemms.dgrad.samples, gemms.dgrad.grad_output)
     yield from _samples("wgrad", gemms.wgrad.samples, gemms.wgrad.grad_output)
+    yield from _gain("dgrad", gemms.dgrad.gain, gemms.dgrad.grad_output)
+    yield from _gain("wgrad", gemms.wgrad.gain, gemms.wgrad.grad_output)
     if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
         yield f"dtype={dtype!r} was given; torch.bfloat16, float16, float32, float64 or None is possible"
     if dtype is not None and gemms.specs:
@@ -115,6 +118,13 @@ def _samples(gemm: Gemm, samples: object, spec: Spec | None) -> Iterator[str]:
         yield f"{gemm}.samples={samples!r} was given; 1, 2, 4 or {_MOST_SAMPLES} is possible"
     elif samples > 1 and not (isinstance(spec, Spec) and spec.stochastic):
         yield f"{gemm}.samples={samples} was given; it cannot act, because {gemm}.grad_output is not rounded at random"
+
+
+def _gain(gemm: Gemm, gain: object, spec: Spec | None) -> Iterator[str]:
+    if isinstance(gain, bool) or not isinstance(gain, int | float) or not _LEAST_GAIN <= gain <= 1 / _LEAST_GAIN:
+        yield f"{gemm}.gain={gain!r} was given; a number from {_LEAST_GAIN} to {1 / _LEAST_GAIN:g} is possible"
+    elif gain != 1 and spec is None:
+        yield f"{gemm}.gain={gain} was given; it cannot act, because {gemm}.grad_output is not rounded"
 
 
 def _accumulate(gemms: Gemms, accumulate: object) -> Iterator[str]:

@@ -185,6 +185,8 @@ class Recipe:
             lines += [f"  {f'{gemm}.transform':<18} {turn}" for gemm, turn in self.transforms.items() if turn]
             samples = (("dgrad", self.dgrad.samples), ("wgrad", self.wgrad.samples))
             lines += [f"  {f'{gemm}.samples':<18} {count}" for gemm, count in samples if count > 1]
+            gains = (("dgrad", self.dgrad.gain), ("wgrad", self.wgrad.gain))
+            lines += [f"  {f'{gemm}.gain':<18} {gain:.6g}" for gemm, gain in gains if gain != 1]
             lines.append(f"  {'grad scale':<18} {self.grad_scale or 'none'}")
             lines.append(f"  {'accumulate':<18} {self.accumulate}")
         for rule in self.rules:

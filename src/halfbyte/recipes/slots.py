@@ -16,6 +16,7 @@ from typing import Final
 
 from ..kernels import Gemm
 from ..quantizers import Hadamard, Spec
+from ..quantizers.contract import repr_as_before
 
 __all__ = ["REUSE", "Dgrad", "Fprop", "Gemms", "Requantize", "Reuse", "Slot", "Wgrad"]
 
@@ -77,12 +78,18 @@ class Dgrad:
         weight: of the layer's weight.
         transform: of both, along the output features.
         samples: how many independent random quantizations of the gradient are averaged; a power of two up to 8.
+        gain: what the rounded gradient is multiplied by, above zero; it goes into its scale, after the codes. Undoes a
+            mean shrinkage that is known ("Where bias comes from").
     """
 
     grad_output: Spec | None = None
     weight: Slot = REUSE
     transform: Hadamard | None = None
     samples: int = 1
+    gain: float = 1.0
+
+    def __repr__(self) -> str:
+        return repr_as_before(self, "gain", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +101,18 @@ class Wgrad:
         input: of the layer's input.
         transform: of both, along the rows (of a convolution: the images).
         samples: how many independent random quantizations of the gradient are averaged; a power of two up to 8.
+        gain: what the rounded gradient is multiplied by, above zero; it goes into its scale, after the codes. Undoes a
+            mean shrinkage that is known ("Where bias comes from").
     """
 
     grad_output: Spec | None = None
     input: Slot = REUSE
     transform: Hadamard | None = None
     samples: int = 1
+    gain: float = 1.0
+
+    def __repr__(self) -> str:
+        return repr_as_before(self, "gain", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

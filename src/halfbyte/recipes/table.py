@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..errors import UnknownNameError
@@ -18,6 +20,9 @@ _SUN = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, 
 
 _INT4 = Fprop(input=Pact(signed=None), weight=Sawb())
 _TWO_PHASE = TwoPhase()
+_RADIX4_GAIN = math.log(4) / (1.6 - 0.4)
+"""The inverse of the mean of q / x on log-uniform numbers: one level stands for 0.4 to 1.6 times itself."""
+
 _E5M2 = Nearest(fmt="fp8_e5m2")
 _FP8_GRADIENTS = Recipe(
     name="ibm2020_fp8_gradients",
@@ -38,6 +43,7 @@ def _ibm(
     dgrad: Spec | None = _TWO_PHASE.for_dgrad,
     wgrad: Spec | None = _TWO_PHASE.for_wgrad,
     grad_scale: GradScaleSpec | None = LayerGradScale(),  # noqa: B008 - a frozen value
+    gain: float = 1.0,
     rules: tuple[Rule, ...] = (),
 ) -> Recipe:
     """A member of the paper's family: INT4 forward, first, last and depthwise layers in high precision."""
@@ -46,8 +52,8 @@ def _ibm(
         description=description,
         source=f"{_SUN}, {where}",
         fprop=_INT4,
-        dgrad=Dgrad(grad_output=dgrad),
-        wgrad=Wgrad(grad_output=wgrad),
+        dgrad=Dgrad(grad_output=dgrad, gain=gain),
+        wgrad=Wgrad(grad_output=wgrad, gain=gain),
         grad_scale=grad_scale,
         rules=(*HIGH_PRECISION, *rules),
     )
@@ -71,6 +77,12 @@ _ALL: tuple[Recipe, ...] = (
         "ibm2020 with FP8 (1-5-2) gradients for grad_weight.",
         "section 4.2 (dx FP4, dW FP8)",
         wgrad=_E5M2,
+    ),
+    _ibm(
+        "ibm2020_gain",
+        "ibm2020 with every rounded gradient times 1.155, what radix-4 rounding takes from the mean.",
+        "section 3; the gain is ours",
+        gain=_RADIX4_GAIN,
     ),
     _ibm(
         "ibm2020_1x1_fp8",
