@@ -135,17 +135,21 @@ def run(ground: Ground, recipe: hb.Recipe, seed: int, watch: Watch | None = None
                 watch(network, 0)
             network.train()
             total, count = 0.0, 0
+            carry: tuple[torch.Tensor, ...] = ()
             for batch in train.batches(settings.batch_size, seed=seed, epoch=epoch):
                 if kept:
-                    loss = task.learn(network, batch, (), settings).loss
+                    found = task.learn(network, batch, carry, settings)
                 else:
                     with weighing(network) as kept:
-                        loss = task.learn(network, batch, (), settings).loss
+                        found = task.learn(network, batch, carry, settings)
+                loss, carry = found.loss, tuple(t.detach() for t in found.carry)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise DivergedError(f"{recipe.name}, seed {seed}: the loss became {value} in epoch {epoch + 1}.")
                 stepped.zero_grad()
                 loss.backward()
+                if settings.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
                 stepped.step()
                 schedule.step()
                 total += value * batch.count
@@ -155,11 +159,11 @@ def run(ground: Ground, recipe: hb.Recipe, seed: int, watch: Watch | None = None
                 watch(network, epoch + 1)
         seconds = time.perf_counter() - started
         network.eval()
+        score, count_tested, carry = 0.0, 0, ()
         with torch.no_grad():
-            outcomes = [
-                (task.learn(network, batch, (), settings).score, batch.count)
-                for batch in test.batches(settings.test_batch_size)
-            ]
+            for batch in test.batches(settings.test_batch_size):
+                found = task.learn(network, batch, carry, settings)
+                score, count_tested, carry = score + found.score, count_tested + batch.count, found.carry
     return Record(
         task=task.name,
         recipe=recipe.name,
@@ -167,7 +171,7 @@ def run(ground: Ground, recipe: hb.Recipe, seed: int, watch: Watch | None = None
         size="study",
         model="study",
         metric=task.metric,
-        value=task.summarize(sum(score for score, _ in outcomes), sum(count for _, count in outcomes)),
+        value=task.summarize(score, count_tested),
         higher_is_better=task.higher_is_better,
         unit=task.unit,
         settings=dataclasses.asdict(settings),
@@ -259,6 +263,7 @@ class Study:
     measures: dict[str, Any] = field(default_factory=dict)
     recipes: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def arguments(self, given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -294,6 +299,7 @@ class Study:
         """
         title = title or ground.name
         self.settings[title] = dataclasses.asdict(ground.settings)
+        self.metrics[title] = f"{ground.task.metric} in {ground.task.unit}" if ground.task.unit else ground.task.metric
         done: list[Record] = []
         failed: list[Failure] = []
         arms = list(recipes)
@@ -364,6 +370,7 @@ class Study:
             "command": command,
             "seeds": list(range(self.asked.seeds)),
             "settings": self.settings,
+            "metrics": self.metrics,
             "summary": self.summaries,
             "runs": self.runs,
             "measures": self.measures,
@@ -380,7 +387,8 @@ class Study:
 
 def print_comparison(title: str, found: Comparison) -> None:
     """One line an arm."""
-    print(f"\n{title}: {found.metric} in {found.unit}, gap to {found.baseline}, loss of the last pass in training")
+    unit = f" in {found.unit}" if found.unit else ""
+    print(f"\n{title}: {found.metric}{unit}, gap to {found.baseline}, loss of the last pass in training")
     print(f"{'arm':<24} {'mean':>7} {'std':>6} {'gap':>7}  {'95 % interval':<18} {'loss':>7}")
     for name, entry in found.summary.items():
         if entry.mean is None:

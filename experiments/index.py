@@ -38,7 +38,8 @@ def _section(study: dict[str, Any]) -> list[str]:
     lines = ["", f"## {study['study']}", "", f"{study['claim']}", "", f"Expected: {study['expected']}", ""]
     lines += [f"- **{check['outcome']}**: {check['expected']}. {check['found']}." for check in study["checks"]]
     for title, arms in study["summary"].items():
-        lines += ["", f"{title}, accuracy in %:", "", "| arm | mean ± std | gap | 95 % interval |", "|---|---|---|---|"]
+        metric = study.get("metrics", {}).get(title, "accuracy in %")  # earlier files had no other
+        lines += ["", f"{title}, {metric}:", "", "| arm | mean ± std | gap | 95 % interval |", "|---|---|---|---|"]
         lines += [f"| `{name}` | {' | '.join(_cells(entry))} |" for name, entry in arms.items()]
     how = f"`{' '.join(study['command'])}`, seeds {', '.join(map(str, study['seeds']))}"
     where = f"{machine['cpu']}, {machine['threads']} thread(s), {machine['backend']}"

@@ -17,6 +17,7 @@ STUDIES = (
     "radix",
     "rescaling",
     "rounding_threshold",
+    "shrinkage",
     "two_phases",
     "which_layers",
 )
