@@ -121,9 +121,11 @@ class Ledger:
         tally = self._tallies.setdefault((name, slot), Tally())
         tally.add(x, parts, spec)
         if judged(spec):
+            gemm, operand = slot.split(".")
+            gain = getattr(plan.recipe, gemm).gain if operand == "grad_output" else 1.0
             for part in coded:
-                # Samples are parts of a mean: each stands for its share of x.
-                if wrong := misrounded(x / len(coded), part, spec):
+                # Samples are parts of a mean: each stands for its share of x. A gain came after the codes.
+                if wrong := misrounded(x.double() * (gain / len(coded)), part, spec):
                     self._blame(name, slot, f"{spec}: {wrong}")
 
     @torch.no_grad()
