@@ -63,11 +63,9 @@ FLOORS = {
     "lab.console": 9,
     "lab.jobs": 9,
     "lab.loop": 9,
-    "lab.page": 9,
     "lab.phases": 9,
     "lab.position": 0,
     "lab.ranks": 9,
-    "lab.results": 9,
     "lab.run": 9,
     "lab.trainer": 9,
     "auditing": 8,
@@ -79,6 +77,7 @@ FLOORS = {
     "export": 10,
     "listing": 10,
     "picture": 10,
+    "report": 10,
 }
 TORCH_FREE = (
     "errors",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.lab import results
+from halfbyte.report import groups
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -84,6 +84,6 @@ def test_a_stranger_gets_to_a_report(tmp_path: Path) -> None:
     assert asked == "report.html"
     page = tmp_path / asked
     assert page.stat().st_size > 0
-    assert {r.task for r in results.gather([tmp_path / "runs"])} == {"mine:task"}
+    assert {r.task for r in groups.gather([tmp_path / "runs"])} == {"mine:task"}
     for recipe in ("fp32", "bf16", "ibm2020"):
         assert recipe in page.read_text()

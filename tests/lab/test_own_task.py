@@ -9,10 +9,11 @@ from torch import nn
 from halfbyte.errors import HalfbyteError, UnknownNameError
 from halfbyte.export import runs
 from halfbyte.export.packed import FileError
-from halfbyte.lab import checkpoint, record, results, tasks
+from halfbyte.lab import checkpoint, record, tasks
 from halfbyte.lab.compare import compare
 from halfbyte.lab.run import Run
 from halfbyte.lab.tasks import Settings, classification, own
+from halfbyte.report import groups, markdown
 
 MODULE = """
 import torch
@@ -50,7 +51,7 @@ def test_compare_and_report(folder):
     ]
     assert (folder / "runs/own_task.task-own-cpu-ibm2020-seed0/record.json").is_file()
     del sys.modules["own_task"]
-    results.write_page(results.gather([folder / "runs"]), folder / "page.md")
+    markdown.write(groups.gather([folder / "runs"]), folder / "page.md")
     assert "own_task" not in sys.modules
     text = (folder / "page.md").read_text()
     assert "## own_task:task: own, size cpu" in text

@@ -86,10 +86,10 @@ def report(
     the end of each of its epochs. In Markdown the tables stand beside the paper's; text in a file remarks.md beside the
     records of a task, in a folder of its name, follows that task's tables, and figures go beside the file.
     """
-    from ..lab import page
-    from ..lab.page.live import serve
     from ..lab.record import RecordError
-    from ..lab.results import gather, remarks, write_page
+    from ..report import markdown, page
+    from ..report.groups import gather
+    from ..report.page.live import serve
 
     if live == (out is not None):
         raise HalfbyteError(
@@ -103,7 +103,7 @@ def report(
     if out.suffix not in (".html", ".md"):
         raise HalfbyteError(f"-o {out} was given; name a file *.html for the page, or *.md for tables in Markdown.")
     if out.suffix == ".md":
-        for path in write_page(gather(records), out, remarks(records)):
+        for path in markdown.write(gather(records), out, markdown.remarks(records)):
             typer.echo(path)
         return
     page.require_plotly()

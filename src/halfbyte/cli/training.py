@@ -227,7 +227,7 @@ def _show(records: Sequence[Record], folder: Path | None, console: Console) -> N
     """Writes the report page beside the records, which are on the disk already; None for no page."""
     if folder is None or console.quiet:
         return
-    from ..lab import page
+    from ..report import page
 
     try:
         page.write(records, folder / page.NAME)

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from ...errors import HalfbyteError
-from ..record import RecordError, read
+from ...lab.record import RecordError, read
 from . import as_json, content, going_on, render, require_plotly
 
 __all__ = ["HOST", "Source", "serve", "server"]

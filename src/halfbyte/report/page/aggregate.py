@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import tasks
-from ..compare import Summary, summarize
-from ..record import Record
-from ..results import Group, groups
+from ...lab import tasks
+from ...lab.compare import Summary, summarize
+from ...lab.record import Record
+from ..groups import Group, groups
 from .layers import bins, formats_used, layer_view, mean_of
 from .modeled import modeled
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import HalfbyteError
-from ..record import Record, RecordError, read_partial
-from ..run import PROGRESS_NAME, RECORD_NAME
+from ...lab.record import Record, RecordError, read_partial
+from ...lab.run import PROGRESS_NAME, RECORD_NAME
 from .aggregate import Running, content
 
 __all__ = ["NAME", "Running", "as_json", "content", "going_on", "render", "require_plotly", "write"]
@@ -82,7 +82,7 @@ def render(found: dict[str, Any], *, live: bool = False) -> str:
 
     Args:
         found: what `content` returns.
-        live: whether it is served by `halfbyte.lab.page.live`, and asks there for news.
+        live: whether it is served by `halfbyte.report.page.live`, and asks there for news.
 
     Raises:
         HalfbyteError: if Plotly is not installed.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from browser import PHONE, axe_violations, layout_shift, overflow, until
-from halfbyte.lab import page as report
 from halfbyte.lab import record
-from halfbyte.lab.page.live import server
 from halfbyte.lab.record import Record
+from halfbyte.report import page as report
+from halfbyte.report.page.live import server
 from page_records import HOSTILE, group, hostile, large, of
 
 if TYPE_CHECKING:

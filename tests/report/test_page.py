@@ -16,12 +16,13 @@ import halfbyte as hb
 from halfbyte.cli import main
 from halfbyte.errors import HalfbyteError
 from halfbyte.hardware.tracing import trace
-from halfbyte.lab import page, record, tasks
+from halfbyte.lab import record, tasks
 from halfbyte.lab.compare import summarize
-from halfbyte.lab.page import Running, aggregate, as_json, content
-from halfbyte.lab.page.layers import bins, formats_used, layer_table, layer_view, mean_of
-from halfbyte.lab.page.live import server
-from halfbyte.lab.page.modeled import TRACED, modeled
+from halfbyte.report import page
+from halfbyte.report.page import Running, aggregate, as_json, content
+from halfbyte.report.page.layers import bins, formats_used, layer_table, layer_view, mean_of
+from halfbyte.report.page.live import server
+from halfbyte.report.page.modeled import TRACED, modeled
 from page_records import BASE, HOSTILE, TABLE, group, history, hostile, large, of
 
 
@@ -363,7 +364,7 @@ def test_modeled_against_sixteen_bits(monkeypatch):
             raise HalfbyteError("no array for it")
         return trace(network, inputs, recipe, **more)
 
-    monkeypatch.setattr("halfbyte.lab.page.modeled.trace", some)
+    monkeypatch.setattr("halfbyte.report.page.modeled.trace", some)
     found = modeled("digits", "cnn", ["fp32", "ibm2020", "int8", "no_such_recipe"])
     assert [row["recipe"] for row in found["rows"]] == ["fp16", "ibm2020"]
     assert found["left_out"] == ["int8"]

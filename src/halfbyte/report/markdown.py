@@ -6,20 +6,19 @@ size and machine along.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from .. import recipes
 from ..errors import HalfbyteError
-from . import tasks
-from .compare import Comparison, Summary, summarize
-from .record import Record, RecordError, read
-from .tasks import own
+from ..lab import tasks
+from ..lab.compare import Comparison, Summary
+from ..lab.record import Record
+from ..lab.tasks import own
+from .groups import Group, groups
 
-__all__ = ["PAPER", "Group", "Published", "gather", "groups", "remarks", "write_page"]
+__all__ = ["PAPER", "Published", "remarks", "write"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,99 +54,6 @@ PAPER: Mapping[str, Published] = MappingProxyType(
 """Sun et al., NeurIPS 2020, tables 1 and 3: the row that comes nearest to each task of ours."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The records of one task, network and size: what can be compared.
-
-    Attributes:
-        task: name of the task.
-        model: name of the network.
-        size: name of the preset.
-        stash: how what autograd saved was kept.
-        fine_tune: epochs of fine-tuning.
-        records: in the order given.
-    """
-
-    task: str
-    model: str
-    size: str
-    stash: str
-    fine_tune: int
-    records: Sequence[Record]
-
-    @property
-    def name(self) -> str:
-        """A name for a file, as that of a run's folder without recipe and seed."""
-        kept = f"-stash-{self.stash}" if self.stash else ""
-        tuned = f"-ft{self.fine_tune}" if self.fine_tune else ""
-        return f"{self.task.replace(':', '.')}-{self.model}-{self.size}{tuned}{kept}"
-
-    @property
-    def recipes(self) -> list[str]:
-        """Names of the recipes, in the order of the table of recipes; others follow."""
-        present = dict.fromkeys(r.recipe for r in self.records)
-        return [*(n for n in recipes.RECIPES if n in present), *(n for n in present if n not in recipes.RECIPES)]
-
-    @property
-    def seeds(self) -> list[int]:
-        """All seeds, each once."""
-        return sorted({r.seed for r in self.records})
-
-    @property
-    def command(self) -> str:
-        """The command that makes all of it again."""
-        first = self.records[0]
-        recipes_run = ",".join(dict.fromkeys(r.recipe for r in self.records))
-        words = ["halfbyte", "compare", first.task, "--recipes", recipes_run, "--seeds", str(1 + self.seeds[-1])]
-        words += ["--size", first.size, "--model", first.model]
-        words += ["--stash", self.stash] if self.stash else []
-        words += ["--fine-tune", str(self.fine_tune)] if self.fine_tune else []
-        return shlex.join(words)
-
-    @property
-    def commits(self) -> list[str]:
-        """The revisions that ran, shortened, and whether the package differed from them."""
-        told = (r.commit for r in self.records)
-        return sorted({f"{str(c['revision'])[:7]}{' with changes' if c['dirty'] else ''}" for c in told})
-
-    @property
-    def machines(self) -> list[str]:
-        """Processors, threads, torch and backend."""
-        return sorted({_machine(r) for r in self.records})
-
-    @property
-    def comparison(self) -> Comparison:
-        """Means, deviations and gaps."""
-        return summarize(self.task, self.recipes, self.records)
-
-
-def gather(paths: Sequence[Path]) -> list[Record]:
-    """The records in files and in folders; in a folder, those of all its folders too.
-
-    Args:
-        paths: what to read; JSON files in a folder that are no records are passed over.
-
-    Raises:
-        RecordError: if a file that is named is no record.
-        HalfbyteError: if there is no record at all.
-    """
-    found: list[Record] = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(read(path))
-            continue
-        for file in sorted(path.rglob("*.json")):
-            try:
-                found.append(read(file))
-            except RecordError:
-                continue
-    if not found:
-        raise HalfbyteError(
-            f"No record was found in {', '.join(map(str, paths))}. halfbyte train and compare write them (record.json)."
-        )
-    return found
-
-
 def remarks(paths: Sequence[Path]) -> dict[str, str]:
     """What people found out about results: the text of ``TASK/remarks.md`` in any of the folders, by task.
 
@@ -158,7 +64,7 @@ def remarks(paths: Sequence[Path]) -> dict[str, str]:
     return {file.resolve().parent.name: file.read_text(encoding="utf-8").strip() for file in found}
 
 
-def write_page(records: Sequence[Record], path: Path, said: Mapping[str, str] = MappingProxyType({})) -> list[Path]:
+def write(records: Sequence[Record], path: Path, said: Mapping[str, str] = MappingProxyType({})) -> list[Path]:
     """Writes the page, and a figure for each group of records beside it.
 
     Args:
@@ -198,28 +104,6 @@ Every number here is from a record; `halfbyte report` makes this page of them. A
 3; where our network or data is not its own, compare gaps and not values. No epoch is chosen by its result: the last
 one counts.
 """
-
-
-def groups(records: Sequence[Record]) -> list[Group]:
-    """Records by what can be compared, in the order of the tasks; tasks that this version does not know come last."""
-    order = list(tasks.TASKS)
-
-    def key(record: Record) -> tuple[int, str, str, str, str, int]:
-        place = order.index(record.task) if record.task in order else len(order)
-        return place, record.task, record.model, record.size, record.stash, record.fine_tune
-
-    together = [[r for r in records if key(r) == wanted] for wanted in sorted({key(r) for r in records})]
-    return [
-        Group(
-            task=alike[0].task,
-            model=alike[0].model,
-            size=alike[0].size,
-            stash=alike[0].stash,
-            fine_tune=alike[0].fine_tune,
-            records=alike,
-        )
-        for alike in together
-    ]
 
 
 def _section(group: Group, figure: str) -> str:
@@ -290,15 +174,6 @@ def _made(group: Group) -> str:
     return (
         f"`{group.command}` at {', '.join(group.commits)}; seeds {', '.join(map(str, group.seeds))}; "
         f"{'; '.join(group.machines)}. Time and what is kept for the backward pass are multiples of the baseline's."
-    )
-
-
-def _machine(record: Record) -> str:
-    where = record.machine
-    threads = where.get("threads", 1)
-    counted = "one thread" if threads == 1 else f"{threads} threads"
-    return (
-        f"{where.get('cpu')}, {counted}, torch {record.versions['torch']}, backend {where.get('backend', 'reference')}"
     )
 
 

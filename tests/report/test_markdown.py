@@ -7,8 +7,9 @@ import pytest
 
 from halfbyte.cli import main
 from halfbyte.errors import HalfbyteError
-from halfbyte.lab import record, results
+from halfbyte.lab import record
 from halfbyte.lab.record import Record
+from halfbyte.report import groups, markdown
 
 BASE = Record(
     task="ptb", recipe="fp32", seed=0, size="cpu", model="lstm-200", metric="perplexity", value=100.0,
@@ -31,7 +32,7 @@ RECORDS = [
 
 
 def page(tmp_path, records=RECORDS) -> str:
-    results.write_page(records, tmp_path / "results.md")
+    markdown.write(records, tmp_path / "results.md")
     return (tmp_path / "results.md").read_text()
 
 
@@ -86,7 +87,7 @@ def test_every_group_says_how_it_was_made(tmp_path):
 def test_groups_stand_apart(tmp_path):
     """Sizes, networks, stashes and fine-tuning are not mixed: each has its heading, its table and its figure."""
     others = [of("fp32", 90.0, size="full"), of("fp32", 91.0, stash="int4"), of("fp32", 92.0, fine_tune=2)]
-    written = results.write_page([*RECORDS, *others], tmp_path / "results.md")
+    written = markdown.write([*RECORDS, *others], tmp_path / "results.md")
     names = ["cpu", "cpu-ft2", "cpu-stash-int4", "full"]
     assert [path.name for path in written] == ["results.md", *(f"ptb-lstm-200-{name}.svg" for name in names)]
     text = (tmp_path / "results.md").read_text()
@@ -99,9 +100,9 @@ def test_remarks_follow_their_task(tmp_path):
     """What ``TASK/remarks.md`` says stands once, behind the task's last table, and nowhere else."""
     (tmp_path / "records" / "ptb").mkdir(parents=True)
     (tmp_path / "records" / "ptb" / "remarks.md").write_text("A reason.\n")
-    said = results.remarks([tmp_path / "records"])
+    said = markdown.remarks([tmp_path / "records"])
     both = [*RECORDS, of("fp32", 90.0, model="lstm-650"), of("fp32", 95.0, task="digits")]
-    results.write_page(both, tmp_path / "results.md", said)
+    markdown.write(both, tmp_path / "results.md", said)
     text = (tmp_path / "results.md").read_text()
     assert text.count("A reason.") == 1
     assert text.index("## ptb: lstm-650") < text.index("A reason.")
@@ -110,20 +111,20 @@ def test_remarks_follow_their_task(tmp_path):
 
 def test_the_same_records_give_the_same_files(tmp_path):
     """Page and figures are equal byte for byte, so that a change in them is a change in the records."""
-    first = [path.read_bytes() for path in results.write_page(RECORDS, tmp_path / "a" / "results.md")]
-    assert [path.read_bytes() for path in results.write_page(RECORDS, tmp_path / "b" / "results.md")] == first
+    first = [path.read_bytes() for path in markdown.write(RECORDS, tmp_path / "a" / "results.md")]
+    assert [path.read_bytes() for path in markdown.write(RECORDS, tmp_path / "b" / "results.md")] == first
 
 
 def test_a_folder_may_hold_other_json(tmp_path):
     """In a folder what is no record is passed over; a file that is named must be one; none at all is an error."""
     record.write(BASE, tmp_path / "x" / "record.json")
     (tmp_path / "x" / "other.json").write_text(json.dumps({"rows": []}))
-    assert results.gather([tmp_path]) == [BASE]
+    assert groups.gather([tmp_path]) == [BASE]
     with pytest.raises(record.RecordError, match="no 'schema'"):
-        results.gather([tmp_path / "x" / "other.json"])
+        groups.gather([tmp_path / "x" / "other.json"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(HalfbyteError, match="No record was found"):
-        results.gather([tmp_path / "empty"])
+        groups.gather([tmp_path / "empty"])
 
 
 def test_the_command(tmp_path, capsys):

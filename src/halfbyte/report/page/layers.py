@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...formats import FORMATS
-from ..history import CODES, MEASURES
-from ..record import Record
+from ...lab.history import CODES, MEASURES
+from ...lab.record import Record
 
 __all__ = ["bins", "formats_used", "layer_table", "layer_view", "mean_of"]
 

@@ -1,0 +1,140 @@
+"""Records, found in folders and put together by what can be compared."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import recipes
+from ..errors import HalfbyteError
+from ..lab import tasks
+from ..lab.compare import Comparison, summarize
+from ..lab.record import Record, RecordError, read
+
+__all__ = ["Group", "gather", "groups"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The records of one task, network and size: what can be compared.
+
+    Attributes:
+        task: name of the task.
+        model: name of the network.
+        size: name of the preset.
+        stash: how what autograd saved was kept.
+        fine_tune: epochs of fine-tuning.
+        records: in the order given.
+    """
+
+    task: str
+    model: str
+    size: str
+    stash: str
+    fine_tune: int
+    records: Sequence[Record]
+
+    @property
+    def name(self) -> str:
+        """A name for a file, as that of a run's folder without recipe and seed."""
+        kept = f"-stash-{self.stash}" if self.stash else ""
+        tuned = f"-ft{self.fine_tune}" if self.fine_tune else ""
+        return f"{self.task.replace(':', '.')}-{self.model}-{self.size}{tuned}{kept}"
+
+    @property
+    def recipes(self) -> list[str]:
+        """Names of the recipes, in the order of the table of recipes; others follow."""
+        present = dict.fromkeys(r.recipe for r in self.records)
+        return [*(n for n in recipes.RECIPES if n in present), *(n for n in present if n not in recipes.RECIPES)]
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds, each once."""
+        return sorted({r.seed for r in self.records})
+
+    @property
+    def command(self) -> str:
+        """The command that makes all of it again."""
+        first = self.records[0]
+        recipes_run = ",".join(dict.fromkeys(r.recipe for r in self.records))
+        words = ["halfbyte", "compare", first.task, "--recipes", recipes_run, "--seeds", str(1 + self.seeds[-1])]
+        words += ["--size", first.size, "--model", first.model]
+        words += ["--stash", self.stash] if self.stash else []
+        words += ["--fine-tune", str(self.fine_tune)] if self.fine_tune else []
+        return shlex.join(words)
+
+    @property
+    def commits(self) -> list[str]:
+        """The revisions that ran, shortened, and whether the package differed from them."""
+        told = (r.commit for r in self.records)
+        return sorted({f"{str(c['revision'])[:7]}{' with changes' if c['dirty'] else ''}" for c in told})
+
+    @property
+    def machines(self) -> list[str]:
+        """Processors, threads, torch and backend."""
+        return sorted({_machine(r) for r in self.records})
+
+    @property
+    def comparison(self) -> Comparison:
+        """Means, deviations and gaps."""
+        return summarize(self.task, self.recipes, self.records)
+
+
+def gather(paths: Sequence[Path]) -> list[Record]:
+    """The records in files and in folders; in a folder, those of all its folders too.
+
+    Args:
+        paths: what to read; JSON files in a folder that are no records are passed over.
+
+    Raises:
+        RecordError: if a file that is named is no record.
+        HalfbyteError: if there is no record at all.
+    """
+    found: list[Record] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(read(path))
+            continue
+        for file in sorted(path.rglob("*.json")):
+            try:
+                found.append(read(file))
+            except RecordError:
+                continue
+    if not found:
+        raise HalfbyteError(
+            f"No record was found in {', '.join(map(str, paths))}. halfbyte train and compare write them (record.json)."
+        )
+    return found
+
+
+def groups(records: Sequence[Record]) -> list[Group]:
+    """Records by what can be compared, in the order of the tasks; tasks that this version does not know come last."""
+    order = list(tasks.TASKS)
+
+    def key(record: Record) -> tuple[int, str, str, str, str, int]:
+        place = order.index(record.task) if record.task in order else len(order)
+        return place, record.task, record.model, record.size, record.stash, record.fine_tune
+
+    together = [[r for r in records if key(r) == wanted] for wanted in sorted({key(r) for r in records})]
+    return [
+        Group(
+            task=alike[0].task,
+            model=alike[0].model,
+            size=alike[0].size,
+            stash=alike[0].stash,
+            fine_tune=alike[0].fine_tune,
+            records=alike,
+        )
+        for alike in together
+    ]
+
+
+def _machine(record: Record) -> str:
+    where = record.machine
+    threads = where.get("threads", 1)
+    counted = "one thread" if threads == 1 else f"{threads} threads"
+    return (
+        f"{where.get('cpu')}, {counted}, torch {record.versions['torch']}, backend {where.get('backend', 'reference')}"
+    )
