@@ -313,7 +313,7 @@ ONCE = {"dgrad": 1, "wgrad": 1}
 
 
 def quantizer(dgrad, wgrad, grad_scale) -> GradQuantizer:
-    return GradQuantizer({"dgrad": dgrad, "wgrad": wgrad}, grad_scale.build(), samples=ONCE)
+    return GradQuantizer({"dgrad": dgrad, "wgrad": wgrad}, grad_scale.build(), samples=ONCE, gains=ONCE)
 
 
 def pair_of(quantizer, grad):

@@ -478,10 +478,11 @@ def test_gradients_are_the_same_on_both_backends(specs: tuple[Spec, Spec], scale
     geometry = Linear(rows=30, in_features=5, out_features=70)
     uses = {gemm: Use(gemm=gemm, operand=0, geometry=geometry, draw=draw) for gemm in ("dgrad", "wgrad")}
     states, quantizers = [], []
+    once = dict.fromkeys(uses, 1)
     for backend in ("reference", "native"):
         states.append(scale.build())
         both = dict(zip(uses, specs, strict=True))
-        quantizers.append(GradQuantizer(both, states[-1], samples={"dgrad": 1, "wgrad": 1}, backend=backend))
+        quantizers.append(GradQuantizer(both, states[-1], samples=once, gains=once, backend=backend))
     for batch in ([0.0], [1e-3], [3e-3, -2e-3], [1e-3, math.nan], [1e-3], [math.inf], [-5.0], [1e-3, -math.inf]):
         x = torch.randn(30, 70).mul_(1e-3).to(dtype) if batch != [0.0] else torch.zeros(30, 70, dtype=dtype)
         x.view(-1)[: len(batch)] = torch.tensor(batch)
@@ -522,7 +523,7 @@ def test_what_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     luq.seed = 3
     phases = {"dgrad": Radix4(), "wgrad": Radix4(phase=formats.Phase.ODD)}
     samples = {"dgrad": 1, "wgrad": 1}
-    gradient = GradQuantizer(phases, LayerGradScale().build(), samples=samples, backend="native")
+    gradient = GradQuantizer(phases, LayerGradScale().build(), samples=samples, gains=samples, backend="native")
     x = torch.randn(300)
     called = reads(monkeypatch)
     activation.quantize(x, observe=True, differentiable=True)

@@ -167,7 +167,7 @@ def run_gradients(spec: GradScaleSpec, *, known: bool) -> list[Any]:
     draw = Draw(seed=1, layer=2, step=torch.tensor(3), operand=0)
     geometry = Linear(rows=20, in_features=5, out_features=40)
     uses = {gemm: Use(gemm=gemm, operand=0, geometry=geometry, draw=draw) for gemm in phases}
-    quantizer = GradQuantizer(phases, scale, samples={"dgrad": 1, "wgrad": 1})
+    quantizer = GradQuantizer(phases, scale, samples={"dgrad": 1, "wgrad": 1}, gains={"dgrad": 1, "wgrad": 1})
     found = []
     for x in batches():
         found += everything(list(quantizer.quantize(dict.fromkeys(phases, x), uses, observe=True).values()))

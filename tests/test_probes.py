@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,14 @@ def test_gradient_to_noise_by_hand() -> None:
 def test_log2_scale_is_the_layer_scale() -> None:
     """The exponent that a probe shows for a gradient is the one that the layer's scale holds."""
     assert gradient_row([3.0, 4.0], radix4(log2_first=7)).log2_scale == 7.0
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.155, 4.0])
+def test_a_gain_is_not_in_what_is_cut_off_nor_in_the_scale(gain: float) -> None:
+    """Of 3, 100 and 300 under a scale of one, two lie beyond the largest level, 64, whatever they are multiplied by."""
+    base = radix4(log2_first=0, log2_max=0)
+    found = gradient_row([3.0, 100.0, 300.0], replace(base, dgrad=replace(base.dgrad, gain=gain)))
+    assert (found.saturation_rate, found.log2_scale) == (2 / 3, 0.0)
 
 
 def test_a_gradient_that_vanishes_has_cosine_zero() -> None:

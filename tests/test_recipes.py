@@ -150,6 +150,11 @@ def test_a_gain_is_shown_and_belongs_to_the_conventions_only_where_there_is_one(
     ]
 
 
+def test_whole_numbers_are_gains_of_the_same_text():
+    """Equal slots have equal texts, which checkpoints are held against."""
+    assert repr(Dgrad(grad_output=Radix4(), gain=2)) == repr(Dgrad(grad_output=Radix4(), gain=2.0))
+
+
 @pytest.mark.parametrize("phase", [Phase.EVEN, Phase.ODD])
 def test_the_recipes_gain_undoes_the_mean_shrinkage_of_radix_4(phase):
     """On numbers that are uniform on a logarithmic axis over whole periods, the mean of q / x times the gain is one."""

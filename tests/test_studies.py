@@ -3,12 +3,15 @@
 import importlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import halfbyte as hb
+from halfbyte.lab import tasks
+from lab import mini_language
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 STUDIES = (
@@ -78,6 +81,43 @@ def test_index_is_up_to_date(study):
     _, mark, below = (EXPERIMENTS / "README.md").read_text().partition(index.MARK)
     assert mark
     assert below == index.index(EXPERIMENTS / "records" / "studies")
+
+
+def test_the_study_of_the_shrinkage_needs_its_text(study):
+    """The digits, whose accuracy is better when it is higher, give no verdict on a perplexity."""
+    with pytest.raises(SystemExit, match="--data-dir DIR"):
+        study("shrinkage").main([])
+
+
+def test_a_recurrent_network_goes_on_from_its_state_within_bounds(common, tmp_path, monkeypatch):
+    """In a study as in a run: a pass begins without a state, goes on from the last one's, and bounds the gradients."""
+    mini_language.write(tmp_path, monkeypatch)
+    task = tasks.get("ptb")
+    settings = replace(task.settings("smoke"), epochs=2, batch_size=4, clip_norm=1e-3, dropout=0.0)
+    data = task.load_for(tmp_path, settings)
+    states, norms = [], []
+
+    def learn(network, batch, carry, asked):
+        gradients = [p.grad.norm() for p in network.parameters() if p.grad is not None]
+        norms.extend([torch.stack(gradients).norm()] if gradients else [])
+        found = task.learn(network, batch, carry, asked)
+        states.append((carry, found.carry))
+        return found
+
+    ground = common.Ground(
+        task=replace(task, learn=learn),
+        settings=settings,
+        data=data,
+        network=lambda: task.models["lstm-32"](data, settings),
+    )
+    common.run(ground, hb.RECIPES["fp32"], 0)
+    batches = data.train.count_batches(4)
+    assert batches > 1
+    for i in range(2 * batches):
+        began, before = states[i][0], states[i - 1][1]
+        assert len(began) == (len(before) if i % batches else 0)
+        assert all(map(torch.equal, began, before))
+    assert 0 < max(norms) <= 1e-3 * (1 + 1e-5)
 
 
 def test_a_difference_needs_its_seeds(common):

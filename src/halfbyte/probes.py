@@ -26,7 +26,7 @@ from .errors import ConversionError, SpecError
 from .kernels import Gemm, Geometry
 from .ops import Plan
 from .qtensor import QTensor
-from .watching import Tally, Watch, named_plans, spec_of, watch
+from .watching import Tally, Watch, gain_of, named_plans, spec_of, watch
 
 __all__ = ["Probe", "ProbeRow", "attach"]
 
@@ -164,7 +164,9 @@ class _Recorder:
             return
         started = time.perf_counter()
         if any(isinstance(part, QTensor) for part in parts):
-            self.tallies.setdefault((step, name, slot), Tally()).add(x, parts, spec_of(plan.recipe, slot))
+            self.tallies.setdefault((step, name, slot), Tally()).add(
+                x, parts, spec_of(plan.recipe, slot), gain_of(plan.recipe, slot)
+            )
         self.seconds += time.perf_counter() - started
 
     def product(

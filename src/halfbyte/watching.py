@@ -23,7 +23,7 @@ from .qtensor import QTensor, pack
 from .quantizers import BitSplit, Lsq, Spec
 from .recipes import REUSE, Recipe, Requantize
 
-__all__ = ["Tally", "Watch", "code_range", "named_plans", "spec_of", "watch"]
+__all__ = ["Tally", "Watch", "code_range", "gain_of", "named_plans", "spec_of", "watch"]
 
 _SLACK = 2.0**-20
 """How far beyond the last code a number must lie, relatively, to count as cut off: scales are rounded to float32."""
@@ -119,6 +119,11 @@ def spec_of(recipe: Recipe, slot: str) -> Spec | None:
     return found if isinstance(found, Spec) else None
 
 
+def gain_of(recipe: Recipe, slot: str) -> float:
+    """What the scale of a slot's codes was multiplied by after they were made."""
+    return {"dgrad.grad_output": recipe.dgrad.gain, "wgrad.grad_output": recipe.wgrad.gain}.get(slot, 1.0)
+
+
 def code_range(spec: Spec | None, fmt: Format) -> tuple[float, float]:
     """The smallest and the largest value of a format that a spec uses: INT4 of SAWB stops at -7, that of LSQ at -8."""
     if fmt.kind != "int":
@@ -163,23 +168,29 @@ class Tally:
         self._sums: Tensor | None = None
         self._log2_scale: Tensor | None = None
 
-    def add(self, x: Tensor, parts: Sequence[QTensor | Tensor], spec: Spec | None) -> None:
+    def add(self, x: Tensor, parts: Sequence[QTensor | Tensor], spec: Spec | None, gain: float) -> None:
         """Measures one tensor.
+
+        What is cut off, and the scale, are those of the moment of rounding, before the gain. Error and angle are those
+        of what is multiplied.
 
         Args:
             x: what was quantized.
             parts: its codes; floating tensors among them are taken as they are.
             spec: what made the codes, for the range that it uses.
+            gain: see `gain_of`.
         """
         coded = [part for part in parts if isinstance(part, QTensor)]
         if not coded:
             return
+        # In float32, as the gain came in: then a power of two is one again.
+        rounded = coded if gain == 1.0 else [replace(q, scale=q.scale / gain) for q in coded]
         for place, part in enumerate(coded):
             self._count(place, part)
         wide = x.detach().double().reshape(-1)
         x_hat = torch.stack([dense(part).reshape(-1) for part in parts]).sum(0)
         low, high = (
-            torch.stack([_if_all_were(q, code_range(spec, q.format)[end], spec).reshape(-1) for q in coded]).sum(0)
+            torch.stack([_if_all_were(q, code_range(spec, q.format)[end], spec).reshape(-1) for q in rounded]).sum(0)
             for end in (0, 1)
         )
         beyond = (wide > high + _SLACK * high.abs()) | (wide < low - _SLACK * low.abs())
@@ -201,7 +212,7 @@ class Tally:
         self._sums = new if self._sums is None else self._sums + new
         # Samples are parts of a mean, each with its share of the scale; of a split number the finer part counts.
         share = 1 if isinstance(spec, BitSplit) else len(coded)
-        self._log2_scale = -(coded[-1].scale.detach().double() * share).log2()
+        self._log2_scale = -(rounded[-1].scale.detach().double() * share).log2()
 
     def _count(self, place: int, q: QTensor) -> None:
         counts = torch.bincount(q.codes().reshape(-1).int(), minlength=1 << q.format.bits)
@@ -286,7 +297,7 @@ class Tally:
 
     @property
     def log2_scale(self) -> float:
-        """Minus the logarithm of the last tensor's scale to base 2: by how many octaves it was raised."""
+        """Minus the logarithm of the last tensor's scale to base 2: by how many octaves it was raised to be rounded."""
         return math.nan if self._log2_scale is None else float(self._log2_scale)
 
 

@@ -16,7 +16,7 @@ from ..nn import plans_of
 from ..ops import Plan
 from ..qtensor import QTensor
 from ..recipes import REUSE
-from ..watching import Tally, named_plans, spec_of
+from ..watching import Tally, gain_of, named_plans, spec_of
 from .published import LEVELS
 from .recompute import difference
 from .report import GemmReport, OperandReport
@@ -119,10 +119,9 @@ class Ledger:
         if spec is None or not coded:
             return
         tally = self._tallies.setdefault((name, slot), Tally())
-        tally.add(x, parts, spec)
+        gain = gain_of(plan.recipe, slot)
+        tally.add(x, parts, spec, gain)
         if judged(spec):
-            gemm, operand = slot.split(".")
-            gain = getattr(plan.recipe, gemm).gain if operand == "grad_output" else 1.0
             for part in coded:
                 # Samples are parts of a mean: each stands for its share of x. A gain came after the codes.
                 if wrong := misrounded(x.double() * (gain / len(coded)), part, spec):

@@ -29,12 +29,12 @@ from .state import NonFiniteCounter
 __all__ = ["Quantized", "Quantizer", "Spec", "Use", "in_backward", "quantize"]
 
 
-def repr_as_before(value: Any, later: str, first: object) -> str:
-    """A dataclass's repr, without a field that came later while that has its first value.
+def repr_as_before(value: Any, field: str, default: object) -> str:
+    """A dataclass's repr, without a field that came later while that has its default.
 
     Checkpoints hold this text: those of before the field agree with what they were.
     """
-    shown = ", ".join(f"{k}={v!r}" for k, v in vars(value).items() if k != later or v != first)
+    shown = ", ".join(f"{k}={v!r}" for k, v in vars(value).items() if k != field or v != default)
     return f"{type(value).__name__}({shown})"
 
 

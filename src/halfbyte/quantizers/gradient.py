@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class GradQuantizer(NonFiniteCounter):
         grad_scale: GradScaleState | None,
         *,
         samples: Mapping[Gemm, int],
-        gains: Mapping[Gemm, float] = MappingProxyType({"dgrad": 1.0, "wgrad": 1.0}),
+        gains: Mapping[Gemm, float],
         shared: bool = False,
         device: torch.device | None = None,
         backend: str = "reference",

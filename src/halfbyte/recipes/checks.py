@@ -14,6 +14,7 @@ __all__ = ["problems"]
 
 _MOST_SAMPLES = 8
 _LEAST_GAIN = 0.25
+"""Radix-4 levels are a factor of four apart: a larger gain would be a scale, and scales are the vote's work."""
 
 
 def problems(gemms: Gemms, grad_scale: object, accumulate: object, dtype: object) -> Iterator[str]:
@@ -122,7 +123,8 @@ def _samples(gemm: Gemm, samples: object, spec: Spec | None) -> Iterator[str]:
 
 def _gain(gemm: Gemm, gain: object, spec: Spec | None) -> Iterator[str]:
     if isinstance(gain, bool) or not isinstance(gain, int | float) or not _LEAST_GAIN <= gain <= 1 / _LEAST_GAIN:
-        yield f"{gemm}.gain={gain!r} was given; a number from {_LEAST_GAIN} to {1 / _LEAST_GAIN:g} is possible"
+        possible = f"a number from {_LEAST_GAIN} to {1 / _LEAST_GAIN:g} is possible, 1 for none"
+        yield f"{gemm}.gain={gain!r} was given; {possible}"
     elif gain != 1 and spec is None:
         yield f"{gemm}.gain={gain} was given; it cannot act, because {gemm}.grad_output is not rounded"
 

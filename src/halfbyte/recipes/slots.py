@@ -54,6 +54,12 @@ Slot = Spec | Reuse | Requantize | None
 """What stands in one of the six places."""
 
 
+def _with_float_gain(gemm: Dgrad | Wgrad) -> None:
+    """2 and 2.0 are one gain, so they get one text, too: checkpoints are held against it."""
+    if type(gemm.gain) is int:
+        object.__setattr__(gemm, "gain", float(gemm.gain))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fprop:
     """The operands of the forward GEMM.
@@ -78,7 +84,7 @@ class Dgrad:
         weight: of the layer's weight.
         transform: of both, along the output features.
         samples: how many independent random quantizations of the gradient are averaged; a power of two up to 8.
-        gain: what the rounded gradient is multiplied by, above zero; it goes into its scale, after the codes. Undoes a
+        gain: what the rounded gradient is multiplied by, 0.25 to 4; it goes into its scale, after the codes. Undoes a
             mean shrinkage that is known ("Where bias comes from").
     """
 
@@ -87,6 +93,9 @@ class Dgrad:
     transform: Hadamard | None = None
     samples: int = 1
     gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        _with_float_gain(self)
 
     def __repr__(self) -> str:
         return repr_as_before(self, "gain", 1.0)
@@ -101,7 +110,7 @@ class Wgrad:
         input: of the layer's input.
         transform: of both, along the rows (of a convolution: the images).
         samples: how many independent random quantizations of the gradient are averaged; a power of two up to 8.
-        gain: what the rounded gradient is multiplied by, above zero; it goes into its scale, after the codes. Undoes a
+        gain: what the rounded gradient is multiplied by, 0.25 to 4; it goes into its scale, after the codes. Undoes a
             mean shrinkage that is known ("Where bias comes from").
     """
 
@@ -110,6 +119,9 @@ class Wgrad:
     transform: Hadamard | None = None
     samples: int = 1
     gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        _with_float_gain(self)
 
     def __repr__(self) -> str:
         return repr_as_before(self, "gain", 1.0)

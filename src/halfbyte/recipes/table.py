@@ -21,7 +21,7 @@ _SUN = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, 
 _INT4 = Fprop(input=Pact(signed=None), weight=Sawb())
 _TWO_PHASE = TwoPhase()
 _RADIX4_GAIN = math.log(4) / (1.6 - 0.4)
-"""The inverse of the mean of q / x on log-uniform numbers: one level stands for 0.4 to 1.6 times itself."""
+"""The inverse of the mean of q / x on log-uniform numbers: q is 0.4 to 1.6 times the number that it stands for."""
 
 _E5M2 = Nearest(fmt="fp8_e5m2")
 _FP8_GRADIENTS = Recipe(
@@ -80,7 +80,7 @@ _ALL: tuple[Recipe, ...] = (
     ),
     _ibm(
         "ibm2020_gain",
-        "ibm2020 with every rounded gradient times 1.155, what radix-4 rounding takes from the mean.",
+        "ibm2020 with every rounded gradient times 1.155: what radix-4 rounding takes on average, given back.",
         "section 3; the gain is ours",
         gain=_RADIX4_GAIN,
     ),
