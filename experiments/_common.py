@@ -30,6 +30,7 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte import kernels
+from halfbyte.files import write_text
 from halfbyte.lab import phases, record, tasks
 from halfbyte.lab.compare import Comparison, Failure, summarize
 from halfbyte.lab.data.source import Data, Examples
@@ -381,8 +382,7 @@ class Study:
             "versions": record.versions(),
             "machine": record.machine("cpu", kernels.describe(kernels.resolve("auto"))),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def print_comparison(title: str, found: Comparison) -> None:

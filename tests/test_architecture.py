@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "halfbyte"
 
 # Where each part of the package lives. A key is a module or a folder below halfbyte; the longest key that fits decides.
-# `errors` is the ground under all floors: even floor 0 raises.
+# `errors` and `files` are the ground under all floors: even floor 0 raises, and writes.
 FLOORS = {
     "errors": -1,
     "distributed": 0,
+    "files": -1,
     "formats": 0,
     "rng": 0,
     "lab": 0,
@@ -81,6 +82,7 @@ FLOORS = {
 }
 TORCH_FREE = (
     "errors",
+    "files",
     "formats",
     "oracle",
     "hardware.constants",

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
+
 __all__ = ["AuditReport", "FloatGemm", "GemmReport", "OperandReport", "SelfTest"]
 
 
@@ -142,8 +144,7 @@ class AuditReport:
 
     def write(self, path: Path) -> None:
         """Writes the JSON; folders that are missing are made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json() + "\n")
+        write_text(path, self.to_json() + "\n")
 
     def __str__(self) -> str:
         parts = [_layers_table(self.layers)] if self.layers else []

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import HalfbyteError
+from ..files import write_text
 from .settings import FULL, QUICK
 from .suite import run
 from .table import table
@@ -66,6 +67,6 @@ def command(*, quick: bool, json_file: Path | None, only: str, threads: str | No
         console = Console(width=_FILE_WIDTH)
     console.print(table(report))
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
         console.print(f"Report: {json_file}")
     return 0

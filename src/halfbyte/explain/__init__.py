@@ -12,6 +12,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
+from ..files import write_text
 from . import painting, recorded, tables
 
 __all__ = ["html", "painting", "recorded", "tables", "write"]
@@ -38,8 +39,7 @@ def write(path: Path) -> None:
     Args:
         path: the file; its folder is made if there is none.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html(), encoding="utf-8")
+    write_text(path, html())
 
 
 def _data() -> str:

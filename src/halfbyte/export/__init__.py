@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import whole
 from . import safetensors
 from .loading import load
 from .onnx import save_onnx
@@ -72,5 +73,6 @@ def save_torch(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
         UnsupportedError: if a weight cannot be exported: computed, sharded, broken.
     """
     state = plain_state(model)
-    torch.save(state, path)
+    with whole(Path(path)) as partial:
+        torch.save(state, partial)
     return state

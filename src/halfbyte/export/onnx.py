@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import HalfbyteError, UnsupportedError
+from ..files import whole
 from ..ops.plan import plan_of
 from .graph import OPSET, Graph
 from .layers import Codes, product, recurrent
@@ -84,7 +85,8 @@ def save_onnx(
             f"The model makes a graph that ONNX does not allow ({' '.join(str(error).split())}). Rewrite that part of "
             "the model, or use --format safetensors."
         ) from error
-    graph.onnx.save_model(proto, str(path))
+    with whole(Path(path)) as partial:
+        graph.onnx.save_model(proto, str(partial))
 
 
 def _check_inputs(inputs: Sequence[Tensor], names: Sequence[str], *, open_batch: bool) -> None:

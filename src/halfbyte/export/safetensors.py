@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import formats
 from ..errors import HalfbyteError
+from ..files import whole
 from .packed import SCHEMA, FileError, Packed
 
 __all__ = ["need", "read", "write"]
@@ -62,14 +63,14 @@ def write(packed: Packed, path: Path) -> None:
     """
     text = json.dumps(packed.about, sort_keys=True, allow_nan=False)
     metadata = {_ABOUT: f"{_digest(text, packed.tensors)}\n{text}"}
-    partial = path.with_name(f"{path.name}.partial")
     library, save_file = need("safetensors"), need("safetensors.torch").save_file
     try:
-        save_file(dict(packed.tensors), partial, metadata=metadata)
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file(dict(packed.tensors), partial, metadata=metadata)
     except (library.SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise HalfbyteError(f"{path} could not be written ({error}). Make its folder, or room on the disk.") from error
+        raise HalfbyteError(
+            f"{path} could not be written ({error}). Make room on the disk, or name another place."
+        ) from error
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

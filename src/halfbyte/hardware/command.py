@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import HalfbyteError, UnknownNameError
+from ..files import write_text
 from .density import PAPER_RATES, Fig6c, Rates, definitions, fig6c
 from .machine import Machine
 from .model import Estimate, Totals, estimate
@@ -138,11 +139,9 @@ def command(
         content["fig6c_own_areas"] = bars[1].to_json()
         content["definitions"] = [density.to_json() for density in definitions(load_units())]
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(content, indent=1, allow_nan=False) + "\n")
         console.print(f"Report: {json_file}")
     if scalesim is not None:
-        scalesim.parent.mkdir(parents=True, exist_ok=True)
         step.to_scalesim(scalesim)
         console.print(f"Topology: {scalesim}")
     return 0

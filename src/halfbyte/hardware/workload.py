@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..errors import HalfbyteError, SpecError, UnknownNameError
+from ..files import write_text
 from ..formats import FORMATS
 
 __all__ = ["FLOAT_BITS", "Gemm", "Phase", "StepPhase", "VectorOp", "Workload", "format_bits"]
@@ -233,7 +234,7 @@ class Workload:
                 f"possible: {', '.join(sorted({gemm.phase for gemm in self.gemms})) or 'none'}."
             )
         # SCALE-Sim cuts off what follows the last comma of each row, so each row ends in one.
-        Path(path).write_text("\n".join([",".join((*_HEADER, "")), *rows, ""]), encoding="utf-8")
+        write_text(Path(path), "\n".join([",".join((*_HEADER, "")), *rows, ""]))
         return len(rows)
 
     @classmethod

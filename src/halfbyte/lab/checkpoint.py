@@ -23,6 +23,7 @@ import torch
 from lightning_fabric import Fabric
 
 from ..errors import HalfbyteError
+from ..files import whole
 
 __all__ = ["CheckpointError", "WriteError", "load", "path_in", "read", "save", "writing"]
 
@@ -61,24 +62,16 @@ def save(fabric: Fabric, folder: Path, identity: Mapping[str, Any], state: Mappi
         WriteError: if the disk is full or refuses.
     """
     path = path_in(folder)
-    partial = _beside(path)
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(path), whole(path) as partial:
         fabric.save(partial, {"format": _FORMAT, "identity": dict(identity), **state})
         # Fabric's own save may copy across disks, which a kill can cut in half; a rename in one folder cannot be cut.
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
-
-
-def _beside(path: Path) -> Path:
-    """Where a file is written before it takes its place; records do the same."""
-    return path.with_name(f"{path.name}.partial")
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a failure to write a file of a run into an error with the cure, and clears away what was begun.
+    """Turns a failure to write a file of a run into an error with the cure.
 
     Args:
         path: the file, in the folder of the run.
@@ -89,8 +82,6 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            _beside(path).unlink(missing_ok=True)
         kept = "there was none before"
         if path_in(path.parent).is_file():
             kept = f"the run can go on from the checkpoint before, {path_in(path.parent)}, which is whole"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HalfbyteError
+from ..files import write_text
 from .jobs import Circumstances, finish, finish_all, threads_each
 from .record import Record
 from .run import DivergedError, Progress, Run
@@ -96,10 +97,7 @@ class Comparison:
 
     def write(self, path: Path) -> None:
         """Writes `to_json` to a file; its folder is created where it is missing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def compare(

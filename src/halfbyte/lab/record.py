@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from ..errors import HalfbyteError
+from ..files import write_text
 
 __all__ = [
     "SCHEMA",
@@ -186,11 +187,8 @@ def _write(head: dict[str, Any], record: Record, path: Path) -> None:
             f"The run {record.recipe!r} of {record.task!r} (seed {record.seed}) holds a NaN or an infinity. "
             f"Such a run has no result and is not written; look at its loss curve."
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
     opened = text.removesuffix("\n}")
-    partial.write_text(f'{opened},\n  "history": {last}\n}}\n', encoding="utf-8")
-    partial.replace(path)
+    write_text(path, f'{opened},\n  "history": {last}\n}}\n')
 
 
 def read(path: Path) -> Record:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import HalfbyteError
+from ..files import write_text
 from ..lab import tasks
 from ..lab.compare import Comparison, Summary
 from ..lab.record import Record
@@ -93,7 +94,7 @@ def write(records: Sequence[Record], path: Path, said: Mapping[str, str] = Mappi
         parts.append(_section(group, f"results/{figure.name}"))
         if group.task in said and group is [g for g in found if g.task == group.task][-1]:
             parts.append(f"{said[group.task]}\n")
-    path.write_text("\n".join(parts), encoding="utf-8")
+    write_text(path, "\n".join(parts))
     return written
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...files import write_text
 from .flow import Synthesized
 from .liberty import Library
 from .operands import CHUNK, DIRECTIONS, Direction, Values, directions, streams
@@ -175,4 +176,4 @@ def write(
         "command": command,
         "versions": versions(),
     }
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    write_text(path, json.dumps(document, indent=2) + "\n")

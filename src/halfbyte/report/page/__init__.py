@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import HalfbyteError
+from ...files import write_text
 from ...lab.record import Record, RecordError, read_partial
 from ...lab.run import PROGRESS_NAME, RECORD_NAME
 from .aggregate import Running, content
@@ -114,11 +115,7 @@ def write(records: Sequence[Record], path: Path, running: Sequence[Running] = ()
     Raises:
         HalfbyteError: if Plotly is not installed.
     """
-    text = render(content(records, running, with_model=with_model))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, render(content(records, running, with_model=with_model)))
 
 
 @cache
