@@ -83,9 +83,10 @@ def test_baseline_is_fp32_or_the_first():
     assert summarize("digits", ["ibm2020", "bf16"], FOUR).baseline == "ibm2020"
 
 
-def test_time_is_compared_on_one_machine_only():
-    """Runs of different machines have no time ratio."""
-    other = [dataclasses.replace(r, machine={"cpu": "two"}) for r in FOUR]
+@pytest.mark.parametrize("change", [{"machine": {"cpu": "two"}}, {"commit": {"revision": "another"}}])
+def test_time_is_compared_on_one_machine_and_at_one_commit_only(change):
+    """Runs of different machines, or of commits whose kernels may differ, have no time ratio."""
+    other = [dataclasses.replace(r, **change) for r in FOUR]
     assert summarize("digits", ["fp32", "ibm2020"], [*BASE, *other]).summary["ibm2020"].time_ratio is None
 
 

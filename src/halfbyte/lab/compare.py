@@ -22,7 +22,7 @@ from .jobs import Circumstances, finish, finish_all, threads_each
 from .record import Record
 from .run import DivergedError, Progress, Run
 
-__all__ = ["Comparison", "Failure", "Paired", "Summary", "compare", "summarize"]
+__all__ = ["Comparison", "Failure", "Paired", "Summary", "compare", "summarize", "timed_alike"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Summary:
         std: sample standard deviation; 0.0 for a single seed.
         gap: the recipe's mean minus the baseline's.
         paired: the difference by seeds; None below three shared seeds, and for the baseline itself.
-        time_ratio: seconds of a run over the baseline's; None where they ran on different machines.
+        time_ratio: seconds of a run over the baseline's; None where their times cannot be compared, see `timed_alike`.
         saved_bytes_ratio: bytes kept for backward over the baseline's.
     """
 
@@ -216,15 +216,20 @@ def _summary(own: Sequence[Record], base: Sequence[Record]) -> Summary:
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     if not base:
         return Summary(mean=mean, std=std)
-    same_machine = all(r.machine == base[0].machine for r in (*own, *base))
     return Summary(
         mean=mean,
         std=std,
         gap=mean - statistics.fmean(r.value for r in base),
         paired=None if own[0].recipe == base[0].recipe else _paired(own, base),
-        time_ratio=_ratio([r.seconds for r in own], [r.seconds for r in base]) if same_machine else None,
+        time_ratio=_ratio([r.seconds for r in own], [r.seconds for r in base]) if timed_alike(own, base) else None,
         saved_bytes_ratio=_ratio([r.saved_bytes for r in own], [r.saved_bytes for r in base]),
     )
+
+
+def timed_alike(own: Sequence[Record], base: Sequence[Record]) -> bool:
+    """Whether times of runs can be compared: they are of one machine, and of one commit, whose kernels are the same."""
+    runs = [*own, *base]
+    return bool(own and base) and all((r.machine, r.commit) == (runs[0].machine, runs[0].commit) for r in runs)
 
 
 def _ratio(own: Sequence[float], base: Sequence[float]) -> float:

@@ -174,7 +174,8 @@ def _made(group: Group) -> str:
     """Commands, commits and machines, each once."""
     return (
         f"`{group.command}` at {', '.join(group.commits)}; seeds {', '.join(map(str, group.seeds))}; "
-        f"{'; '.join(group.machines)}. Time and what is kept for the backward pass are multiples of the baseline's."
+        f"{'; '.join(group.machines)}. Time and what is kept for the backward pass are "
+        "multiples of the baseline's; times only where both ran at one commit on one machine."
     )
 
 

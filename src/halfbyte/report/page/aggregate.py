@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...lab import tasks
-from ...lab.compare import Summary, summarize
+from ...lab.compare import Summary, summarize, timed_alike
 from ...lab.record import Record
 from ..groups import Group, groups
 from .layers import bins, formats_used, layer_view, mean_of
@@ -130,7 +130,6 @@ def _group(group: Group, going: dict[int, Running], *, with_model: bool) -> dict
 def _recipe(name: str, own: list[Record], entry: Summary, base: list[Record]) -> dict[str, Any]:
     """One recipe over its finished runs; its mean, deviation, gap and interval are those of `compare`."""
     paired = None if entry.paired is None else [entry.paired.mean, entry.paired.low, entry.paired.high]
-    same_machine = bool(own and base) and all(r.machine == base[0].machine for r in (*own, *base))
     return {
         "name": name,
         "seeds": [r.seed for r in own],
@@ -142,7 +141,7 @@ def _recipe(name: str, own: list[Record], entry: Summary, base: list[Record]) ->
         "kept": mean_of(r.saved_bytes for r in own),
         "kept_ratio": entry.saved_bytes_ratio,
         "peak": mean_of(r.peak_bytes or None for r in own),
-        "step_ratio": _slower(own, base) if same_machine else None,
+        "step_ratio": _slower(own, base) if timed_alike(own, base) else None,
         "time_ratio": entry.time_ratio,
         "nonfinite": sum(sum(r.nonfinite.values()) for r in own),
     }
