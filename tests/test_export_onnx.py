@@ -348,3 +348,12 @@ def test_pooled_activations_are_rounded(recipe, tmp_path):
     trained(model, x, recipe, rules=[hb.Rule(fqn="*", recipe=recipe)])
     export.save_onnx(model, x, tmp_path / "m.onnx")
     assert close(outputs(tmp_path / "m.onnx", x), run(model, x))
+
+
+def test_a_recurrent_layer_with_a_forward_of_its_own_is_refused_and_keeps_it(tmp_path):
+    """A forward that was set on the object may do anything, so no graph passes over it; it is there afterwards."""
+    model = nn.LSTM(3, 4, batch_first=True)
+    model.forward = own = lambda x: x * 2
+    with pytest.raises(UnsupportedError, match=r"LSTM has a forward of its own.*--format safetensors"):
+        export.save_onnx(model.eval(), [torch.randn(2, 5, 3)], tmp_path / "m.onnx")
+    assert model.forward is own

@@ -125,6 +125,11 @@ def _recurrent_nodes(model: nn.Module) -> Iterator[dict[int, nn.RNNBase]]:
     try:
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
+                if "forward" in vars(module):  # It may compute anything, and would be passed over.
+                    raise UnsupportedError(
+                        f"{type(module).__name__} has a forward of its own, set on the object; that of the class can "
+                        "be exported. Take it away, or use --format safetensors."
+                    )
                 number = next(_NUMBERS)
                 mine[number] = _MODULES[number] = module
                 vars(module)["forward"] = _node(module, number)
