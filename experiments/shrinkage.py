@@ -5,9 +5,9 @@
 Rounded to the nearest level, numbers that are spread evenly on a logarithmic axis become 0.866 of themselves on average
 (docs/why, "Where bias comes from"). In a plain recurrent network what comes from k steps later has passed k dgrads and
 arrives with about 0.866^k of its size; in an LSTM that holds for the path through the states, not through the cells.
-`Dgrad(gain=...)` multiplies the rounded
-gradient by the inverse; the codes stay what they are. Here gradients alone are rounded, the forward pass is float32: an
-LSTM of the task ptb learns from 600 batches of 20 times 35 words. `luq` rounds to radix 2 at random, without bias.
+`Dgrad(gain=...)` multiplies the rounded gradient by the inverse; the codes stay what they are. Here gradients alone are
+rounded, the forward pass is float32: an LSTM of the task ptb learns from 600 batches of 20 times 35 words. `luq` rounds
+to radix 2 at random, without bias.
 
 Expected before the first run: radix 4 leaves the perplexity at least 3 % above fp32's; with the gain less than half of
 that is left; a gain for dgrad alone does most of it, because wgrad's shrinkage is a smaller learning rate and nothing

@@ -350,10 +350,26 @@ def test_pooled_activations_are_rounded(recipe, tmp_path):
     assert close(outputs(tmp_path / "m.onnx", x), run(model, x))
 
 
-def test_a_recurrent_layer_with_a_forward_of_its_own_is_refused_and_keeps_it(tmp_path):
-    """A forward that was set on the object may do anything, so no graph passes over it; it is there afterwards."""
-    model = nn.LSTM(3, 4, batch_first=True)
-    model.forward = own = lambda x: x * 2
-    with pytest.raises(UnsupportedError, match=r"LSTM has a forward of its own.*--format safetensors"):
+class Doubled(nn.LSTM):
+    def forward(self, *args, **kwargs):
+        y, state = super().forward(*args, **kwargs)
+        return 2 * y, state
+
+
+@pytest.mark.parametrize("where", ["object", "class"])
+def test_a_recurrent_layer_with_a_forward_of_its_own_is_refused_and_keeps_it(where, tmp_path):
+    """A forward that is not torch's may do anything, so no graph passes over it; it is there afterwards."""
+    model = (Doubled if where == "class" else nn.LSTM)(3, 4, batch_first=True)
+    own = model.forward
+    if where == "object":
+        model.forward = own = lambda x: x * 2
+    with pytest.raises(UnsupportedError, match=r"has a forward of its own.*--format safetensors"):
         export.save_onnx(model.eval(), [torch.randn(2, 5, 3)], tmp_path / "m.onnx")
-    assert model.forward is own
+    assert model.forward == own
+
+
+def test_a_name_of_a_text_format_gives_that_format(tmp_path):
+    """What onnx would write and read under the name is what lies there."""
+    x = torch.randn(1, 4)
+    export.save_onnx(nn.Linear(4, 2).eval(), [x], tmp_path / "m.textproto")
+    assert onnx.load(tmp_path / "m.textproto").graph.node

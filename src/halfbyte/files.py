@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["begun", "whole", "write_text"]
-
-
-def begun(path: Path) -> Path:
-    """Where a file is written before it takes its place."""
-    return path.with_name(f"{path.name}.partial")
+__all__ = ["whole", "write_text"]
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Gives a path to write to, from which the file takes its place in one step at the end.
 
-    Where writing fails, or is interrupted, what was there before stays and what was begun is cleared away.
+    Where writing fails, or is interrupted, what was there before stays and what was begun is cleared away. A link stays
+    a link, to the new file. What is no file, such as a device or a pipe, is written to as it is. One writer at a time.
 
     Args:
         path: the file; its folder is created where it is missing.
@@ -26,8 +23,12 @@ def whole(path: Path) -> Iterator[Path]:
     Yields:
         A path beside it.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = begun(path)
+    partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
         partial.replace(path)

@@ -83,9 +83,11 @@ def test_baseline_is_fp32_or_the_first():
     assert summarize("digits", ["ibm2020", "bf16"], FOUR).baseline == "ibm2020"
 
 
-@pytest.mark.parametrize("change", [{"machine": {"cpu": "two"}}, {"commit": {"revision": "another"}}])
-def test_time_is_compared_on_one_machine_and_at_one_commit_only(change):
-    """Runs of different machines, or of commits whose kernels may differ, have no time ratio."""
+@pytest.mark.parametrize(
+    "change", [{"machine": {"cpu": "two"}}, {"sources_sha256": ["another"]}, {"versions": {"torch": "3"}}]
+)
+def test_time_is_compared_between_equal_machines_and_sources_only(change):
+    """Runs of different machines, sources or versions of torch have no time ratio."""
     other = [dataclasses.replace(r, **change) for r in FOUR]
     assert summarize("digits", ["fp32", "ibm2020"], [*BASE, *other]).summary["ibm2020"].time_ratio is None
 

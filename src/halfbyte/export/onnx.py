@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import HalfbyteError, UnsupportedError
 from ..files import whole
+from ..nn.recurrent import Recurrent
 from ..ops.plan import plan_of
 from .graph import OPSET, Graph
 from .layers import Codes, product, recurrent
@@ -33,6 +34,7 @@ _LIBRARY.define("recurrent(Tensor x, Tensor[] states, int number) -> Tensor[]")
 _MODULES: dict[int, nn.RNNBase] = {}
 """The recurrent layers of exports that are going on, by the number that their nodes carry."""
 _NUMBERS = itertools.count()
+_KNOWN_FORWARDS = frozenset({nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward, Recurrent.forward})
 
 
 def _shapes(x: Tensor, states: Sequence[Tensor], number: int) -> list[Tensor]:
@@ -85,8 +87,9 @@ def save_onnx(
             f"The model makes a graph that ONNX does not allow ({' '.join(str(error).split())}). Rewrite that part of "
             "the model, or use --format safetensors."
         ) from error
+    kind = graph.onnx.serialization.registry.get_format_from_file_extension(Path(path).suffix)
     with whole(Path(path)) as partial:
-        graph.onnx.save_model(proto, str(partial))
+        graph.onnx.save_model(proto, str(partial), format=kind or "protobuf")
 
 
 def _check_inputs(inputs: Sequence[Tensor], names: Sequence[str], *, open_batch: bool) -> None:
@@ -125,10 +128,11 @@ def _recurrent_nodes(model: nn.Module) -> Iterator[dict[int, nn.RNNBase]]:
     try:
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
-                if "forward" in vars(module):  # It may compute anything, and would be passed over.
+                # A forward of its own may compute anything, and would be passed over.
+                if "forward" in vars(module) or type(module).forward not in _KNOWN_FORWARDS:
                     raise UnsupportedError(
-                        f"{type(module).__name__} has a forward of its own, set on the object; that of the class can "
-                        "be exported. Take it away, or use --format safetensors."
+                        f"{type(module).__name__} has a forward of its own; that of torch's LSTM, GRU and RNN can be "
+                        "exported. Take it away, or use --format safetensors."
                     )
                 number = next(_NUMBERS)
                 mine[number] = _MODULES[number] = module

@@ -227,9 +227,9 @@ def _summary(own: Sequence[Record], base: Sequence[Record]) -> Summary:
 
 
 def timed_alike(own: Sequence[Record], base: Sequence[Record]) -> bool:
-    """Whether times of runs can be compared: they are of one machine, and of one commit, whose kernels are the same."""
-    runs = [*own, *base]
-    return bool(own and base) and all((r.machine, r.commit) == (runs[0].machine, runs[0].commit) for r in runs)
+    """Whether times of runs can be compared: one machine ran the same sources under the same torch."""
+    runs = [(r.machine, r.sources_sha256, r.versions.get("torch")) for r in (*own, *base)]
+    return bool(own and base) and all(run == runs[0] for run in runs)
 
 
 def _ratio(own: Sequence[float], base: Sequence[float]) -> float:

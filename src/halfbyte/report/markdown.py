@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import HalfbyteError
-from ..files import write_text
+from ..files import whole, write_text
 from ..lab import tasks
 from ..lab.compare import Comparison, Summary
 from ..lab.record import Record
@@ -175,7 +175,7 @@ def _made(group: Group) -> str:
     return (
         f"`{group.command}` at {', '.join(group.commits)}; seeds {', '.join(map(str, group.seeds))}; "
         f"{'; '.join(group.machines)}. Time and what is kept for the backward pass are "
-        "multiples of the baseline's; times only where both ran at one commit on one machine."
+        "multiples of the baseline's; times only where one machine ran both, of the same sources."
     )
 
 
@@ -203,4 +203,5 @@ def _draw(group: Group, path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="loss on the test data")
     axes.legend(fontsize="small", ncols=2)
     axes.grid(visible=True, alpha=0.3)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    with whole(path) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None, "Creator": None})
