@@ -84,7 +84,6 @@ def write(records: Sequence[Record], path: Path, said: Mapping[str, str] = Mappi
     if not found:
         raise HalfbyteError(f"None of the {len(records)} records is of a task that this version has.")
     figures = path.parent / "results"
-    figures.mkdir(parents=True, exist_ok=True)
     written = [path]
     parts = [_HEAD]
     for group in found:
