@@ -67,11 +67,11 @@ def _format_json(fmt: Format) -> dict[str, Any]:
 
 def list_recipes(name: str | None) -> None:
     """Prints all recipes, or one in full."""
-    from .recipes import RECIPES, get
+    from .recipes import RECIPES, find
 
     console = Console()
     if name is not None:
-        console.print(str(get(name)), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(find(name)), markup=False, highlight=False, soft_wrap=True)
         return
     table = Table(title="Recipes", caption="One in full: halfbyte recipes NAME", caption_justify="left")
     table.add_column("name", no_wrap=True)

@@ -24,7 +24,9 @@ def formats(
 
 @app.command(epilog=examples("halfbyte recipes", "halfbyte recipes ibm2020"))
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe; without it, a list of all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A recipe, or module:recipe of your own; without it, a list of all.")
+    ] = None,
 ) -> None:
     """List the recipes, or show one in full: its six operand slots, its rules and where it comes from."""
     from ..listing import list_recipes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from .app import app, examples, typer
+from .app import RECIPE, app, examples, typer
 
 __all__ = ["bench", "hw"]
 
@@ -48,7 +48,7 @@ def hw(
     network: Annotated[
         str, typer.Argument(help="A network (resnet50, lstm-650, ...), a task, or module:function of your own.")
     ],
-    recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes; fp16 as well")],
+    recipe: Annotated[str, typer.Option(help=f"{RECIPE[:-1]}; fp16 as well.")],
     preset: Annotated[
         str,
         typer.Option(help="The machine: isoarea, isoarea_mixed (by our areas), rapid4, tpu_like, ..."),

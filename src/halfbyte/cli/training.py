@@ -19,6 +19,7 @@ from .app import (
     JOBS,
     MODEL,
     NO_REPORT,
+    RECIPE,
     RUNS,
     SIZE,
     STASH,
@@ -41,11 +42,14 @@ __all__ = ["audit", "compare", "train"]
     epilog=examples(
         "halfbyte compare digits --recipes fp32,bf16,ibm2020 --seeds 3",
         "halfbyte compare digits --recipes all --model mlp --json mlp.json --jobs 2",
+        "halfbyte compare digits --recipes fp32,ibm2020,mine:recipe --seeds 3",
     )
 )
 def compare(
     task: Annotated[str, typer.Argument(help=TASK)],
-    recipes: Annotated[str, typer.Option(help="Names with commas between them, or all. See: halfbyte recipes")],
+    recipes: Annotated[
+        str, typer.Option(help="Names with commas between them, module:recipe of your own too; or all.")
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 3 means the seeds 0, 1 and 2.")] = 3,
     size: Annotated[str, typer.Option(help=SIZE)] = "cpu",
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
@@ -117,7 +121,7 @@ def compare(
 )
 def train(
     task: Annotated[str, typer.Argument(help=TASK)],
-    recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes")],
+    recipe: Annotated[str, typer.Option(help=RECIPE)],
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and of the order of the examples.")] = 0,
     size: Annotated[str, typer.Option(help=SIZE)] = "cpu",
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
@@ -187,7 +191,7 @@ def train(
 )
 def audit(
     task: Annotated[str, typer.Argument(help=TASK)],
-    recipe: Annotated[str, typer.Option(help="How numbers are rounded. See: halfbyte recipes")],
+    recipe: Annotated[str, typer.Option(help=RECIPE)],
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
     data_dir: Annotated[Path | None, typer.Option(envvar="HALFBYTE_DATA", help=DATA)] = None,
@@ -205,9 +209,9 @@ def audit(
     from ..convert import convert
     from ..lab import tasks
     from ..lab.guard import reproducible
-    from ..recipes import get
+    from ..recipes import find
 
-    chosen, definition, place = get(recipe), tasks.get(task), _device(device)
+    chosen, definition, place = find(recipe), tasks.get(task), _device(device)
     name, data, settings = definition.model_named(model), definition.load(data_dir), definition.settings("cpu")
     with reproducible(0, torch.device("cpu")):
         network = convert(definition.models[name](data, settings), chosen).to(place)

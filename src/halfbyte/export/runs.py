@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import formats, recipes
 from ..errors import HalfbyteError
 from ..lab import checkpoint, phases, tasks
-from ..lab.tasks import own
+from ..own import is_own
 from ..qtensor import packed_size
 from ..stash import STEP
 from .packed import FileError, Packed
@@ -53,11 +53,11 @@ def open_checkpoint(path: Path) -> Trained:
 
     Raises:
         CheckpointError: if it is missing, damaged, no checkpoint, or of other code than here.
-        FileError: if it is of a task of somebody's own.
+        FileError: if it is of a task or a recipe of somebody's own.
     """
     file = checkpoint.path_in(path) if path.is_dir() else path
     identity, state = checkpoint.read(file, cure="Name the folder of a run, or the last.ckpt in it.")
-    _demand_known(identity.get("task"))
+    _demand_known(identity)
     try:
         weights: dict[str, Tensor] = state["model"]
         task, recipe = tasks.get(identity["task"]), recipes.get(identity["recipe"])
@@ -88,7 +88,7 @@ def build(about: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
         seed: of the run, for recipes that draw random numbers.
 
     Raises:
-        FileError: if one of them is missing, or the task is of somebody's own.
+        FileError: if one of them is missing, or the task or the recipe is of somebody's own.
         UnknownNameError: if a name is in no table.
     """
     kinds = {"task": str, "network": str, "size": str, "recipe": str, "fine_tuned": bool, "sizes": dict}
@@ -98,7 +98,7 @@ def build(about: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
                 f"A network of the lab is described by {', '.join(kinds)}; {name} is {about.get(name)!r} here. Give "
                 "the model, as it was made for training: halfbyte.load(path, model)."
             )
-    _demand_known(about["task"])
+    _demand_known(about)
     task = tasks.get(about["task"])
     make = task.models[task.model_named(about["network"], about["size"])]
     with torch.random.fork_rng(devices=[]):
@@ -110,14 +110,15 @@ def build(about: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
     return network
 
 
-def _demand_known(task: object) -> None:
-    """Refuses a task of somebody's own: it is a module, and what a file names is never imported."""
-    if isinstance(task, str) and own.is_own(task):
-        raise FileError(
-            f"The network is of {task!r}, a task of somebody's own, and nothing that a file names is imported. Take it "
-            "out from Python, halfbyte.export.save_safetensors(model, path), and bring it back into the model, "
-            "halfbyte.load(path, model)."
-        )
+def _demand_known(about: Mapping[str, Any]) -> None:
+    """Refuses a task or a recipe of somebody's own: it is in a module, and what a file names is never imported."""
+    for what in ("task", "recipe"):
+        if is_own(about.get(what)):
+            raise FileError(
+                f"The network is of {about[what]!r}, a {what} of somebody's own, and nothing that a file names is "
+                "imported. Take it out from Python, halfbyte.export.save_safetensors(model, path), and bring it back "
+                "into the model, halfbyte.load(path, model)."
+            )
 
 
 def rebuild(packed: Packed) -> nn.Module:

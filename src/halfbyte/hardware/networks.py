@@ -29,7 +29,7 @@ from ..lab.models import (
     translation,
     vgg,
 )
-from ..lab.tasks import own
+from ..own import is_own, named
 
 __all__ = ["NETWORKS", "Example", "find"]
 
@@ -167,7 +167,7 @@ def find(name: str, shape: str | None = None) -> Example:
         UnknownNameError: if there is no such network.
         HalfbyteError: if the module or function cannot be had, a shape is missing, or no whole numbers.
     """
-    if ":" not in name:
+    if not is_own(name):
         if name not in NETWORKS:
             raise UnknownNameError("network", name, [*NETWORKS, "module:function"])
         if shape is not None:
@@ -187,7 +187,7 @@ def find(name: str, shape: str | None = None) -> Example:
 
 
 def _function(name: str) -> Callable[[], nn.Module]:
-    made = own.named(name, "a function in it that takes nothing and returns a network")
+    made = named(name, object, "a function that takes nothing and returns a network")
     if not callable(made):
         raise HalfbyteError(f"{name!r} is a {type(made).__name__}; a function that returns a network is possible.")
     return partial(_made, name, made)

@@ -125,7 +125,7 @@ def compare(
 
     Args:
         task: a name in `halfbyte.lab.tasks.TASKS`, or ``module:task`` for one of your own.
-        recipes: names in `halfbyte.RECIPES`, each once.
+        recipes: names in `halfbyte.RECIPES`, or ``module:recipe`` for one of your own; each once.
         seeds: seeds, each once.
         size: a preset of the task.
         model: a network of the task; None for its default.

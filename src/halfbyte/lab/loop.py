@@ -82,7 +82,7 @@ class Loop:
     def _built(self) -> nn.Module:
         """A fresh network under the run's recipe."""
         network = self.task.models[self.run.model](self.data, self.settings)
-        return phases.prepare(network, recipes.get(self.run.recipe), self.run.seed, self.backend, self.run.stash)
+        return phases.prepare(network, recipes.find(self.run.recipe), self.run.seed, self.backend, self.run.stash)
 
     def _settle(self) -> None:
         """Lets every rank make the first step on the whole first batch, for what it decides and what it keeps."""
@@ -127,7 +127,7 @@ class Loop:
         return self._copy() if self.strategy == "fsdp2" else self.plain
 
     def _switched(self, network: nn.Module) -> nn.Module:
-        recipe = recipes.get(self.run.recipe)
+        recipe = recipes.find(self.run.recipe)
         return phases.switch(network, recipe, self.run.seed, self.backend, self.run.stash)
 
     def _fine_tune(self) -> None:

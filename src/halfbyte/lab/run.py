@@ -12,9 +12,9 @@ from torch import nn
 
 from .. import recipes
 from ..errors import HalfbyteError, UnknownNameError
+from ..own import fingerprint
 from ..stash import BITS
 from . import phases, tasks
-from .tasks import own
 
 __all__ = ["PROGRESS_NAME", "RECORD_NAME", "DivergedError", "Interrupted", "Progress", "Run", "Step"]
 
@@ -48,7 +48,7 @@ class Run:
 
     Attributes:
         task: name of the task; ``module:task`` for one of your own.
-        recipe: name of the recipe.
+        recipe: name of the recipe; ``module:recipe`` for one of your own.
         seed: of the initial weights and of the order of the data.
         size: name of the preset.
         model: name of the network; empty for the task's default.
@@ -67,7 +67,7 @@ class Run:
     def __post_init__(self) -> None:
         task = tasks.get(self.task)
         task.settings(self.size)
-        recipes.get(self.recipe)
+        recipes.find(self.recipe)
         object.__setattr__(self, "model", task.model_named(self.model or None, self.size))
         if self.stash and self.stash not in BITS:
             raise UnknownNameError("stash", self.stash, BITS)
@@ -83,18 +83,18 @@ class Run:
         """A name for its folder: ``digits-cnn-cpu-luq-seed0``, or ``digits-cnn-cpu-luq-ft2-seed0`` with fine-tuning."""
         tuned = f"-ft{self.fine_tune}" if self.fine_tune else ""
         kept = f"-stash-{self.stash}" if self.stash else ""
-        return f"{self.task.replace(':', '.')}-{self.model}-{self.size}-{self.recipe}{tuned}{kept}-seed{self.seed}"
+        return f"{self.task}-{self.model}-{self.size}-{self.recipe}{tuned}{kept}-seed{self.seed}".replace(":", ".")
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be this run's: names, settings, conventions, your own code."""
-        recipe = recipes.get(self.recipe)
+        recipe = recipes.find(self.recipe)
         return {
             **dataclasses.asdict(self),
             # As a record or a checkpoint gives it back: JSON knows no tuples.
             "settings": json.loads(json.dumps(dataclasses.asdict(tasks.get(self.task).settings(self.size)))),
             "recipe_text": str(recipe),
-            "conventions": phases.conventions(recipe, fine_tune=self.fine_tune) | own.fingerprint(self.task),
+            "conventions": phases.conventions(recipe, fine_tune=self.fine_tune) | fingerprint(self.task, self.recipe),
         }
 
     def command(self, *extra: str) -> list[str]:

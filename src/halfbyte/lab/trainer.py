@@ -54,7 +54,7 @@ def train(
 
     Args:
         task: a name in `halfbyte.lab.tasks.TASKS`, or ``module:task`` for one of your own.
-        recipe: a name in `halfbyte.RECIPES`.
+        recipe: a name in `halfbyte.RECIPES`, or ``module:recipe`` for one of your own.
         seed: of the initial weights and of the order of the data; the same for every recipe.
         size: a preset of the task: ``smoke``, ``cpu`` or ``full``.
         model: a network of the task; None for its default.

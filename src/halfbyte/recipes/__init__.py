@@ -5,7 +5,7 @@ from __future__ import annotations
 from .conditions import bottom_pointwise, depthwise, first_or_last, pointwise
 from .schema import LayerInfo, Recipe, Rule
 from .slots import REUSE, Dgrad, Fprop, Gemms, Requantize, Reuse, Slot, Wgrad
-from .table import RECIPES, get
+from .table import RECIPES, find, get
 
 __all__ = [
     "RECIPES",
@@ -22,6 +22,7 @@ __all__ = [
     "Wgrad",
     "bottom_pointwise",
     "depthwise",
+    "find",
     "first_or_last",
     "get",
     "pointwise",

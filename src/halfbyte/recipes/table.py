@@ -7,13 +7,14 @@ import math
 import torch
 
 from ..errors import UnknownNameError
+from ..own import is_own, named
 from ..quantizers import GradScaleSpec, LayerGradScale, LossScale, MinMax, Nearest, Pact, Sawb, Spec, TwoPhase
 from .conditions import HIGH_PRECISION, bottom_pointwise, pointwise
 from .followers import FOLLOWERS
 from .schema import Recipe, Rule
 from .slots import Dgrad, Fprop, Wgrad
 
-__all__ = ["RECIPES", "get"]
+__all__ = ["RECIPES", "find", "get"]
 
 
 _SUN = "Sun et al., Ultra-Low Precision 4-bit Training of Deep Neural Networks, NeurIPS 2020"
@@ -149,3 +150,19 @@ def get(recipe: str | Recipe) -> Recipe:
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise UnknownNameError("recipe", str(recipe), RECIPES)
     return RECIPES[recipe]
+
+
+def find(name: str) -> Recipe:
+    """The recipe that somebody typed: one of `RECIPES`, or ``module:recipe`` for one of their own.
+
+    `get` never imports a module, so names that come from files are for `get`.
+
+    Raises:
+        UnknownNameError: if there is none of that name; the text suggests the nearest.
+        HalfbyteError: if the module cannot be imported, or holds no such recipe.
+    """
+    if is_own(name):
+        return named(name, Recipe, "a Recipe (dataclasses.replace makes one of another)")
+    if name not in RECIPES:
+        raise UnknownNameError("recipe", str(name), [*RECIPES, "module:recipe"])
+    return RECIPES[name]

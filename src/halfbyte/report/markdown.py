@@ -16,7 +16,7 @@ from ..files import whole, write_text
 from ..lab import tasks
 from ..lab.compare import Comparison, Summary
 from ..lab.record import Record
-from ..lab.tasks import own
+from ..own import is_own
 from .groups import Group, groups
 
 __all__ = ["PAPER", "Published", "remarks", "write"]
@@ -80,7 +80,7 @@ def write(records: Sequence[Record], path: Path, said: Mapping[str, str] = Mappi
     Raises:
         HalfbyteError: if none of the records is of a task of this version, or matplotlib is not installed.
     """
-    found = groups([r for r in records if r.task in tasks.TASKS or own.is_own(r.task)])
+    found = groups([r for r in records if r.task in tasks.TASKS or is_own(r.task)])
     if not found:
         raise HalfbyteError(f"None of the {len(records)} records is of a task that this version has.")
     figures = path.parent / "results"

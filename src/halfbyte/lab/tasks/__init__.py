@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ...errors import UnknownNameError
+from ...own import is_own
 from . import language, own, speech, translation, vision
 from .contract import SIZES, Carry, Outcome, Settings, Task
 from .own import classification
@@ -24,7 +25,7 @@ def get(name: str) -> Task:
         UnknownNameError: if there is none; the text suggests the nearest name.
         HalfbyteError: if the module cannot be imported, or holds no such task.
     """
-    if own.is_own(name):
+    if is_own(name):
         return own.find(name)
     if name not in TASKS:
         raise UnknownNameError("task", name, [*TASKS, "module:task"])

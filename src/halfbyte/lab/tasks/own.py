@@ -5,30 +5,25 @@
 
     halfbyte compare mine:task --recipes fp32,ibm2020 --seeds 3
 
-A name with a colon is a module and a variable in it. The module is imported, so it is only ever a name that somebody
-typed, never one that a file brings.
+A name with a colon is a module and a variable in it, see `halfbyte.own`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import HalfbyteError
+from ...own import named
 from ..data.source import Data, Examples
 from .contract import Settings, Task
 from .vision import classify, percent
 
-__all__ = ["classification", "find", "fingerprint", "is_own", "named"]
+__all__ = ["classification", "find"]
 
 _SETTINGS = Settings(epochs=20, batch_size=64, optimizer="adam", learning_rate=3e-3)
 """Those of the digits."""
@@ -78,34 +73,6 @@ def classification(
     )
 
 
-def is_own(name: str) -> bool:
-    """Whether a task's name is ``module:variable``."""
-    return ":" in name
-
-
-def named(name: str, wanted: str) -> Any:
-    """What a module holds under a name. The module is looked for in the working folder, too.
-
-    Args:
-        name: ``module:variable``.
-        wanted: what it should be, for the error: ``"a function in it that takes nothing"``.
-
-    Raises:
-        HalfbyteError: if there is no such module, or nothing of that name in it.
-    """
-    module, _, variable = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return getattr(importlib.import_module(module), variable)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise HalfbyteError(
-            f"{name!r} was asked for and cannot be had ({error}). Name a module that Python finds from here and "
-            f"{wanted}."
-        ) from error
-
-
 def find(name: str) -> Task:
     """The task that a module holds.
 
@@ -115,22 +82,4 @@ def find(name: str) -> Task:
     Raises:
         HalfbyteError: if it cannot be had, or is no `Task`.
     """
-    task = named(name, "a Task in it, for example one that halfbyte.lab.tasks.classification made")
-    if not isinstance(task, Task):
-        raise HalfbyteError(
-            f"{name!r} is a {type(task).__name__}; a Task is possible, for example one that "
-            "halfbyte.lab.tasks.classification made."
-        )
-    return task
-
-
-def fingerprint(name: str) -> dict[str, str]:
-    """By the task's name the SHA-256 of its module, so that a run of other code shows; nothing for the lab's own.
-
-    Data that the module reads from elsewhere have no part in it.
-    """
-    if not is_own(name):
-        return {}
-    find(name)
-    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    return {} if file is None else {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    return named(name, Task, "a Task (halfbyte.lab.tasks.classification makes one)")

@@ -1,22 +1,29 @@
-"""A task of somebody's own: named by module and variable, trained, compared and reported like the lab's own."""
+"""A task or a recipe of somebody's own: named by module and variable, and used like those that are there."""
 
 import sys
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from halfbyte import recipes
+from halfbyte.cli import app
 from halfbyte.errors import HalfbyteError, UnknownNameError
 from halfbyte.export import runs
 from halfbyte.export.packed import FileError
 from halfbyte.lab import checkpoint, record, tasks
 from halfbyte.lab.compare import compare
 from halfbyte.lab.run import Run
-from halfbyte.lab.tasks import Settings, classification, own
+from halfbyte.lab.tasks import Settings, classification
+from halfbyte.own import fingerprint
 from halfbyte.report import groups, markdown
 
 MODULE = """
+import dataclasses
+
 import torch
+import halfbyte as hb
 from torch import nn
 from halfbyte.lab.tasks import Settings, classification
 
@@ -29,6 +36,7 @@ def network():
 task = classification(network, train=(x[:32], y[:32]), test=(x[32:], y[32:]),
                       settings=Settings(epochs=2, batch_size=16, optimizer="sgd", learning_rate=0.1))
 number = 4
+recipe = dataclasses.replace(hb.RECIPES["ibm2020"], name="cut_off", grad_scale=hb.LayerGradScale(log2_first=30))
 """
 
 
@@ -67,15 +75,15 @@ def test_other_code_is_another_run(folder):
     after = Run(task="own_task:task", recipe="fp32", seed=0).identity
     assert before["conventions"].keys() == {"fp32", "own_task:task"}
     assert {key for key in before if before[key] != after[key]} == {"conventions"}
-    assert own.fingerprint("digits") == {}
+    assert fingerprint("digits", "fp32") == {}
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("nowhere_at_all:task", "cannot be had"),
-        ("own_task:tusk", "Name a module that Python finds from here and a Task in it"),
-        ("own_task:number", "is a int; a Task is possible"),
+        ("own_task:tusk", "Name a module that Python finds from here and a Task .* in it"),
+        ("own_task:number", "is a int; a Task .* is possible"),
     ],
 )
 def test_what_is_no_task(folder, name, text):
@@ -108,14 +116,17 @@ def test_settings_act():
     assert task.description == "Mine."
 
 
-def test_no_file_names_a_module(folder):
-    """A checkpoint or file whose network is of somebody's own task is refused, and the module is not imported."""
-    about = {"task": "own_task:task", "network": "own", "size": "cpu", "recipe": "fp32", "fine_tuned": False}
+@pytest.mark.parametrize(("task", "recipe"), [("own_task:task", "fp32"), ("digits", "own_task:recipe")])
+def test_no_file_names_a_module(folder, task, recipe):
+    """A checkpoint or file of somebody's own task or recipe is refused, and the module is not imported."""
+    about = {"network": "cnn", "size": "cpu", "fine_tuned": False, "task": task, "recipe": recipe}
     with pytest.raises(FileError, match=r"halfbyte\.load\(path, model\)"):
         runs.build({**about, "sizes": {}})
     torch.save({"format": checkpoint._FORMAT, "identity": about, "model": {}}, folder / "last.ckpt")
     with pytest.raises(FileError, match="nothing that a file names is imported"):
         runs.open_checkpoint(folder / "last.ckpt")
+    with pytest.raises(UnknownNameError):
+        recipes.get("own_task:recipe")
     assert "own_task" not in sys.modules
 
 
@@ -125,3 +136,44 @@ def test_the_record_makes_the_run_again(folder):
     made = record.read(folder / "runs/own_task.task-own-smoke-fp32-seed3/record.json")
     assert made.command[:3] == ["halfbyte", "train", "own_task:task"]
     assert len(made.curves["test_loss"]) == 1
+
+
+def test_a_recipe_of_ones_own_is_compared(folder):
+    """It trains beside the others; folder, record and page name it as it was asked for, the record holds its text."""
+    result = compare("own_task:task", ["ibm2020", "own_task:recipe"], [0], size="smoke", out_dir=folder / "runs")
+    theirs, own = result.records
+    assert own.recipe == "own_task:recipe"
+    assert own.recipe_text == str(recipes.find("own_task:recipe"))
+    assert "log2_first=30" in own.recipe_text
+    assert own.command[3:5] == ["--recipe", "own_task:recipe"]
+    assert own.curves != theirs.curves
+    assert (folder / "runs/own_task.task-own-smoke-own_task.recipe-seed0/record.json").is_file()
+    markdown.write(groups.gather([folder / "runs"]), folder / "page.md")
+    assert "| `own_task:recipe` | 1 |" in (folder / "page.md").read_text()
+
+
+def test_a_recipe_of_other_code_is_another_run(folder):
+    """Its module's fingerprint is among the conventions of a run of the lab's own task."""
+    before = Run(task="digits", recipe="own_task:recipe", seed=0).identity
+    (folder / "own_task.py").write_text(MODULE + "\n")
+    after = Run(task="digits", recipe="own_task:recipe", seed=0).identity
+    assert {key for key in before if before[key] != after[key]} == {"conventions"}
+
+
+def test_what_is_no_recipe(folder):
+    """A variable that is no recipe, or a mistyped name, is an error that says what is possible."""
+    with pytest.raises(HalfbyteError, match=r"is a int; a Recipe .* is possible"):
+        recipes.find("own_task:number")
+    with pytest.raises(UnknownNameError, match="module:recipe"):
+        recipes.find("ibm2021")
+
+
+def test_every_command_takes_a_recipe_of_ones_own(folder):
+    """Showing, auditing and modeling hardware know it, too."""
+    for words, text in (
+        (["recipes", "own_task:recipe"], "cut_off"),
+        (["audit", "digits", "--model", "mlp", "--recipe", "own_task:recipe"], "own_task:recipe"),
+        (["hw", "digits", "--recipe", "own_task:recipe", "--compare", "fp16"], "cut_off"),
+    ):
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert (result.exit_code, text in result.output) == (0, True), words
