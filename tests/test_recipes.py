@@ -73,6 +73,7 @@ SLOTS: dict[str, tuple[str, str, str, str, type | None]] = {
     "int4_forward_only": (ACTIVATION, "int4", "float", "float", None),
     "one_phase": (ACTIVATION, "int4", EVEN, EVEN, LayerGradScale),
     "loss_scale": (ACTIVATION, "int4", EVEN, ODD, LossScale),
+    "exact_scale": (ACTIVATION, "int4", EVEN, ODD, ExactGradScale),
     "radix2_130": (ACTIVATION, "int4", "fp4_e3m0", "fp8_e5m2", LossScale),
     "radix2_121": (ACTIVATION, "int4", "fp4_e2m1", "fp8_e5m2", LossScale),
 }

@@ -8,7 +8,18 @@ import torch
 
 from ..errors import UnknownNameError
 from ..own import is_own, named
-from ..quantizers import GradScaleSpec, LayerGradScale, LossScale, MinMax, Nearest, Pact, Sawb, Spec, TwoPhase
+from ..quantizers import (
+    ExactGradScale,
+    GradScaleSpec,
+    LayerGradScale,
+    LossScale,
+    MinMax,
+    Nearest,
+    Pact,
+    Sawb,
+    Spec,
+    TwoPhase,
+)
 from .conditions import HIGH_PRECISION, bottom_pointwise, pointwise
 from .followers import FOLLOWERS
 from .schema import Recipe, Rule
@@ -116,6 +127,12 @@ _ALL: tuple[Recipe, ...] = (
         "Ablation: ibm2020 with one dynamic scale for the whole network.",
         "Fig. 1c",
         grad_scale=LossScale(),
+    ),
+    _ibm(
+        "exact_scale",
+        "Ablation: ibm2020 with each gradient's own scale instead of one that follows it by an octave a step.",
+        "section 3.2; the arm is ours",
+        grad_scale=ExactGradScale(),
     ),
     _ibm(
         "radix2_130",
