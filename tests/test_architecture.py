@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "halfbyte"
 
 # Where each part of the package lives. A key is a module or a folder below halfbyte; the longest key that fits decides.
-# `errors`, `files` and `own` are the ground under all floors: they know nothing of the package.
+# `errors`, `files` and `own` are the ground under all floors: they import one another at most.
 FLOORS = {
     "errors": -1,
     "distributed": 0,

@@ -17,18 +17,23 @@ class UnknownNameError(HalfbyteError, ValueError):
         kind: what the name should have been, for example ``"recipe"``.
         asked: the name that was given.
         possible: every name that would have been accepted.
+        other: what else would have been, in words: ``"module:task for one of your own"``.
     """
 
-    def __init__(self, kind: str, asked: str, possible: Iterable[str]) -> None:
+    def __init__(self, kind: str, asked: str, possible: Iterable[str], other: str = "") -> None:
         self.kind = kind
         self.asked = asked
         self.possible = sorted(possible)
+        self.other = other
         nearest = difflib.get_close_matches(asked, self.possible, n=1, cutoff=0.5)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        super().__init__(f"There is no {kind} named {asked!r}.{hint} Possible: {', '.join(self.possible)}.")
+        end = f"; {other}" if other else ""
+        super().__init__(
+            f"There is no {kind} named {asked!r}.{hint} Possible: {', '.join(self.possible) or 'none'}{end}."
+        )
 
-    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str]]]:
-        return type(self), (self.kind, self.asked, self.possible)
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str], str]]:
+        return type(self), (self.kind, self.asked, self.possible, self.other)
 
 
 class SpecError(HalfbyteError, ValueError):

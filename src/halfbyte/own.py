@@ -8,14 +8,19 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
+import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
-from .errors import HalfbyteError
+from .errors import HalfbyteError, UnknownNameError
 
 __all__ = ["fingerprint", "is_own", "named"]
 
 T = TypeVar("T")
+
+_read: dict[str, tuple[object, str]] = {}
+"""By module what it was imported by (another after a reload), and the SHA-256 of its file then."""
 
 
 def is_own(name: object) -> bool:
@@ -32,32 +37,49 @@ def named(name: str, kind: type[T], wanted: str) -> T:
         wanted: the same for people: ``"a Recipe"``, and where one comes from.
 
     Raises:
-        HalfbyteError: if there is no such module, nothing of that name in it, or something of another kind.
+        HalfbyteError: if there is no such module, it cannot be imported, or what it holds is of another kind.
+        UnknownNameError: if it holds nothing of that name.
     """
     module, _, variable = name.partition(":")
+    if not variable.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise HalfbyteError(
+            f"{name!r} was asked for. A module and a variable in it are possible, without folder and .py: mine:it is "
+            "the variable it of mine.py, which lies in the working folder or is installed."
+        )
+    home = _imported(module, wanted)
+    if not hasattr(home, variable):
+        there = [n for n, v in vars(home).items() if isinstance(v, kind) and n[0] != "_" and type(v) is not ModuleType]
+        raise UnknownNameError(f"variable of module {module!r}", variable, there)
+    found = getattr(home, variable)
+    if not isinstance(found, kind):
+        raise HalfbyteError(f"{name!r} is of type {type(found).__name__}; {wanted} is possible.")
+    return found
+
+
+def _imported(module: str, wanted: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), variable)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise HalfbyteError(
-            f"{name!r} was asked for and cannot be had ({error}). Name a module that Python finds from here and "
-            f"{wanted} in it."
-        ) from error
-    if not isinstance(found, kind):
-        raise HalfbyteError(f"{name!r} is a {type(found).__name__}; {wanted} is possible.")
-    return found
+        home = importlib.import_module(module)
+    except Exception as error:  # It runs somebody's code: anything may come of it.
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise HalfbyteError(
+                f"There is no module {module!r}. Name one that holds {wanted} and that lies in the working folder or "
+                "is installed, without .py."
+            ) from error
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).stem == module]
+        where = f" at line {lines[-1]}" if lines else ""
+        raise HalfbyteError(f"Module {module!r} raised {type(error).__name__}{where}: {error}") from error
+    if _read.get(module, (None, ""))[0] is not home.__spec__ and home.__file__ is not None:
+        _read[module] = home.__spec__, hashlib.sha256(Path(home.__file__).read_bytes()).hexdigest()
+    return home
 
 
 def fingerprint(*names: str) -> dict[str, str]:
-    """By each name of the form ``module:variable`` its module's SHA-256, so that a run of other code shows.
+    """The SHA-256 of the module of each name ``module:variable``, as it was imported, so that other code shows.
 
-    Data that a module reads from elsewhere have no part in it. The modules have been imported before.
+    Neither modules that it imports nor data that it reads have a part in it.
     """
-    found = {}
-    for name in filter(is_own, names):
-        file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-        if file is not None:
-            found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return found
+    modules = sorted({name.partition(":")[0] for name in names if is_own(name)})
+    return {f"module {module}": _read[module][1] for module in modules if module in _read}

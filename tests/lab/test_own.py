@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import halfbyte as hb
 from halfbyte import recipes
 from halfbyte.cli import app
 from halfbyte.errors import HalfbyteError, UnknownNameError
 from halfbyte.export import runs
 from halfbyte.export.packed import FileError
+from halfbyte.hardware.tracing import trace
 from halfbyte.lab import checkpoint, record, tasks
 from halfbyte.lab.compare import compare
 from halfbyte.lab.run import Run
 from halfbyte.lab.tasks import Settings, classification
+from halfbyte.lab.trainer import train
 from halfbyte.own import fingerprint
 from halfbyte.report import groups, markdown
 
@@ -68,12 +71,18 @@ def test_compare_and_report(folder):
     assert (folder / "results/own_task.task-own-cpu.svg").is_file()
 
 
+def changed(folder, run):
+    """A run's identity, to a new process, after a blank line more in the module."""
+    (folder / "own_task.py").write_text(MODULE + "\n")
+    del sys.modules["own_task"]
+    return Run(task=run.task, recipe=run.recipe, seed=run.seed).identity
+
+
 def test_other_code_is_another_run(folder):
     """A run is not reused after its module has changed: its conventions hold the module's fingerprint."""
     before = Run(task="own_task:task", recipe="fp32", seed=0).identity
-    (folder / "own_task.py").write_text(MODULE + "\n")
-    after = Run(task="own_task:task", recipe="fp32", seed=0).identity
-    assert before["conventions"].keys() == {"fp32", "own_task:task"}
+    after = changed(folder, Run(task="own_task:task", recipe="fp32", seed=0))
+    assert before["conventions"].keys() == {"fp32", "module own_task"}
     assert {key for key in before if before[key] != after[key]} == {"conventions"}
     assert fingerprint("digits", "fp32") == {}
 
@@ -81,9 +90,9 @@ def test_other_code_is_another_run(folder):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("nowhere_at_all:task", "cannot be had"),
-        ("own_task:tusk", "Name a module that Python finds from here and a Task .* in it"),
-        ("own_task:number", "is a int; a Task .* is possible"),
+        ("nowhere_at_all:task", "There is no module 'nowhere_at_all'"),
+        ("own_task:tusk", "Did you mean 'task'"),
+        ("own_task:number", "is of type int; a Task .* is possible"),
     ],
 )
 def test_what_is_no_task(folder, name, text):
@@ -155,25 +164,112 @@ def test_a_recipe_of_ones_own_is_compared(folder):
 def test_a_recipe_of_other_code_is_another_run(folder):
     """Its module's fingerprint is among the conventions of a run of the lab's own task."""
     before = Run(task="digits", recipe="own_task:recipe", seed=0).identity
-    (folder / "own_task.py").write_text(MODULE + "\n")
-    after = Run(task="digits", recipe="own_task:recipe", seed=0).identity
+    after = changed(folder, Run(task="digits", recipe="own_task:recipe", seed=0))
     assert {key for key in before if before[key] != after[key]} == {"conventions"}
 
 
+def test_the_fingerprint_is_of_the_code_that_runs(folder):
+    """A file that is edited after its import does not change what the run says of itself."""
+    run = Run(task="own_task:task", recipe="own_task:recipe", seed=0)
+    before = run.identity
+    (folder / "own_task.py").write_text(MODULE + "\n")
+    assert run.identity == before
+
+
+def test_a_report_says_that_it_averages_over_two_recipes(folder):
+    """A recipe that changed between the seeds of a group is named under its table, one that did not is not."""
+    for seed, text in ((0, MODULE), (1, MODULE.replace("log2_first=30", "log2_first=31"))):
+        (folder / "own_task.py").write_text(text)
+        sys.modules.pop("own_task", None)
+        compare("digits", ["fp32", "own_task:recipe"], [seed], size="smoke", model="mlp", out_dir=folder / "runs")
+    (group,) = groups.groups(groups.gather([folder / "runs"]))
+    assert group.changed == ["own_task:recipe"]
+    markdown.write(group.records, folder / "page.md")
+    assert "The runs of `own_task:recipe` are of different definitions of it." in (folder / "page.md").read_text()
+
+
+def test_a_resumed_run_of_other_code_says_which_module(folder):
+    """The error names the module that is not the same."""
+    out = folder / "run"
+    train("own_task:task", "own_task:recipe", 0, size="smoke", out_dir=out)
+    (out / "record.json").unlink()
+    changed(folder, Run(task="own_task:task", recipe="own_task:recipe", seed=0))
+    with pytest.raises(checkpoint.CheckpointError, match="conventions: not the same module own_task"):
+        train("own_task:task", "own_task:recipe", 0, size="smoke", resume=out)
+
+
+def test_child_processes_know_it_and_a_second_call_reuses_its_records(folder):
+    """With two jobs each child imports the module from the working folder, and nothing runs twice."""
+    told = []
+    for _ in range(2):
+        compare(
+            *("digits", ["fp32", "own_task:recipe"], [0]),
+            size="smoke",
+            model="mlp",
+            out_dir=folder / "runs",
+            jobs=2,
+            note=told.append,
+        )
+    assert sorted(told) == [
+        f"digits-mlp-smoke-{name}-seed0 is done already; its record is used." for name in ("fp32", "own_task.recipe")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("own_task.py:recipe", r"no module 'own_task\.py'.*without \.py"),
+        ("../own_task:recipe", "A module and a variable in it are possible"),
+        ("own_task:", "A module and a variable in it are possible"),
+        ("own_task:recip", "Did you mean 'recipe'"),
+        ("raises:recipe", r"'raises' raised KeyError at line 2: 'nix'"),
+        ("lacks:recipe", "'lacks' raised ModuleNotFoundError at line 1: No module named 'not_installed'"),
+    ],
+)
+def test_a_name_that_leads_nowhere(folder, name, text):
+    """No module, no variable, or a module that raises: each is told apart, with the line where there is one."""
+    (folder / "raises.py").write_text("table = {}\ntable['nix']\n")
+    (folder / "lacks.py").write_text("import not_installed\n")
+    with pytest.raises(HalfbyteError, match=text):
+        recipes.find(name)
+
+
+def test_no_record_names_a_module_to_a_report(folder):
+    """A record of somebody's own recipe is shown, with the model of a chip, and its module is not imported."""
+    train("digits", "own_task:recipe", 0, size="smoke", out_dir=folder / "runs/a")
+    del sys.modules["own_task"]
+    result = CliRunner().invoke(app, ["report", str(folder / "runs"), "-o", str(folder / "page.html")])
+    assert result.exit_code == 0, result.output
+    assert "own_task:recipe" in (folder / "page.html").read_text()
+    with pytest.raises(UnknownNameError):
+        trace(nn.Linear(2, 2), torch.zeros(1, 2), "own_task:recipe")
+    with pytest.raises(UnknownNameError):
+        hb.convert(nn.Linear(2, 2), "own_task:recipe")
+    assert "own_task" not in sys.modules
+
+
 def test_what_is_no_recipe(folder):
-    """A variable that is no recipe, or a mistyped name, is an error that says what is possible."""
-    with pytest.raises(HalfbyteError, match=r"is a int; a Recipe .* is possible"):
+    """A variable that is no recipe, a mistyped name or no name is an error that says what is possible."""
+    with pytest.raises(HalfbyteError, match=r"is of type int; a Recipe .* is possible"):
         recipes.find("own_task:number")
     with pytest.raises(UnknownNameError, match="module:recipe"):
         recipes.find("ibm2021")
+    for given, text in ((hb.RECIPES["luq"], "got the Recipe 'luq'"), ({}, "got a dict")):
+        with pytest.raises(HalfbyteError, match=text):
+            Run(task="digits", recipe=given, seed=0)
 
 
 def test_every_command_takes_a_recipe_of_ones_own(folder):
-    """Showing, auditing and modeling hardware know it, too."""
+    """Showing, auditing and modeling hardware know it by the name that was typed, whatever it calls itself."""
     for words, text in (
-        (["recipes", "own_task:recipe"], "cut_off"),
+        (["recipes", "own_task:recipe"], "own_task:recipe: INT4"),
         (["audit", "digits", "--model", "mlp", "--recipe", "own_task:recipe"], "own_task:recipe"),
-        (["hw", "digits", "--recipe", "own_task:recipe", "--compare", "fp16"], "cut_off"),
+        (["hw", "digits", "--recipe", "own_task:recipe", "--compare", "ibm2020"], "own_task:recipe against ibm2020"),
+        (["hw", "digits", "--recipe", "ibm2020", "--compare", "own_task:recipe"], "ibm2020 against own_task:recipe"),
+        (
+            ["train", "own_task:task", "--recipe", "own_task:recipe", "--size", "smoke", "--no-report"],
+            "-own_task.recipe-",
+        ),
     ):
         result = CliRunner().invoke(app, words, catch_exceptions=False)
-        assert (result.exit_code, text in result.output) == (0, True), words
+        assert (result.exit_code, text in result.output) == (0, True), (words, result.output)

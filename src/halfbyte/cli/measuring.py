@@ -53,7 +53,7 @@ def hw(
         str,
         typer.Option(help="The machine: isoarea, isoarea_mixed (by our areas), rapid4, tpu_like, ..."),
     ] = "isoarea",
-    compare: Annotated[str | None, typer.Option(help="A recipe to compare with, usually fp16.")] = None,
+    compare: Annotated[str | None, typer.Option(help="A recipe to compare with; usually fp16.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Samples in the step.")] = None,
     shape: Annotated[
         str | None, typer.Option("--input", help="Shape of an input of module:function, without the batch.")

@@ -79,7 +79,7 @@ def compare(
     names = list(RECIPES) if recipes.strip() == "all" else [name.strip() for name in recipes.split(",")]
     definition = tasks.get(task)
     with company(os.environ, accelerator) as leads:
-        console = Console(quiet=not leads)
+        console = Console(quiet=not leads, emoji=False)
         try:
             with Watcher(console, definition.metric, definition.unit) as watcher:
                 result = run_all(
@@ -154,7 +154,7 @@ def train(
     folder = resume or out or RUNS / run.name
     definition = tasks.get(task)
     with company(os.environ, accelerator) as leads:
-        console = Console(quiet=not leads)
+        console = Console(quiet=not leads, emoji=False)
         try:
             with Watcher(console, definition.metric, definition.unit) as watcher:
                 result = run_one(
@@ -211,14 +211,16 @@ def audit(
     from ..lab.guard import reproducible
     from ..recipes import find
 
-    chosen, definition, place = find(recipe), tasks.get(task), _device(device)
+    definition, chosen, place = tasks.get(task), find(recipe), _device(device)
     name, data, settings = definition.model_named(model), definition.load(data_dir), definition.settings("cpu")
     with reproducible(0, torch.device("cpu")):
         network = convert(definition.models[name](data, settings), chosen).to(place)
         batch = next(data.train.batches(settings.batch_size)).to(place)
         report = run_audit(network, lambda model: definition.learn(model, batch, (), settings).loss)
-    console = Console()
-    console.print(f"{task}, {name}, {recipe}: one training step on {batch.count} examples\n", highlight=False)
+    console = Console(emoji=False)
+    console.print(
+        f"{task}, {name}, {recipe}: one training step on {batch.count} examples\n", markup=False, highlight=False
+    )
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         report.write(json_file)

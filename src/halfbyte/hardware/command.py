@@ -14,6 +14,8 @@ from rich.table import Table
 
 from ..errors import HalfbyteError, UnknownNameError
 from ..files import write_text
+from ..own import is_own
+from ..recipes import find as find_recipe
 from .density import PAPER_RATES, Fig6c, Rates, definitions, fig6c
 from .machine import Machine
 from .model import Estimate, Totals, estimate
@@ -40,7 +42,7 @@ def model_step(example: Example, recipe: str, batch: int | None = None, *, name:
 
     Args:
         example: network and inputs.
-        recipe: name of a recipe, or ``"fp16"``.
+        recipe: name of a recipe, ``"module:recipe"`` for one of your own, or ``"fp16"``.
         batch: samples; None for the example's own.
         name: of the workload.
 
@@ -48,10 +50,11 @@ def model_step(example: Example, recipe: str, batch: int | None = None, *, name:
         HalfbyteError: if the network does not take the inputs, or cannot be traced.
     """
     count = example.batch if batch is None else batch
+    numerics = find_recipe(recipe) if is_own(recipe) else recipe  # trace() knows the table and fp16.
     with torch.device("meta"):
         network = example.network()
     try:
-        return trace(network, example.inputs(count), recipe, name=name, batch=count)
+        return trace(network, example.inputs(count), numerics, name=name, batch=count)
     except RuntimeError as error:
         # Of its own networks it is ours; of another's, most often a shape that does not fit.
         if name in NETWORKS or isinstance(error, HalfbyteError):

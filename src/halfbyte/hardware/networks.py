@@ -169,7 +169,7 @@ def find(name: str, shape: str | None = None) -> Example:
     """
     if not is_own(name):
         if name not in NETWORKS:
-            raise UnknownNameError("network", name, [*NETWORKS, "module:function"])
+            raise UnknownNameError("network", name, NETWORKS, "module:function for one of your own")
         if shape is not None:
             raise HalfbyteError(f"--input {shape} was given with {name}, whose inputs are known. Leave it out.")
         return NETWORKS[name]

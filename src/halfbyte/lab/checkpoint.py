@@ -25,7 +25,7 @@ from lightning_fabric import Fabric
 from ..errors import HalfbyteError
 from ..files import whole
 
-__all__ = ["CheckpointError", "WriteError", "load", "path_in", "read", "save", "writing"]
+__all__ = ["CheckpointError", "WriteError", "differences", "load", "path_in", "read", "save", "writing"]
 
 _FORMAT = "halfbyte checkpoint 1"
 
@@ -119,10 +119,9 @@ def load(fabric: Fabric, folder: Path, identity: Mapping[str, Any]) -> dict[str,
         raise CheckpointError(f"There is no checkpoint to resume in {folder} (no {path.name}). {cure}")
     content = _content(path, cure, lambda: fabric.load(path, weights_only=True))
     saved = content["identity"]
-    different = [key for key in identity if saved.get(key) != identity[key]]
+    different = differences(identity, saved)
     if different:
-        pairs = "; ".join(f"{key}: asked {_short(identity[key])}, there {_short(saved.get(key))}" for key in different)
-        raise CheckpointError(f"{path} belongs to another run ({pairs}). Resume it with its own arguments. {cure}")
+        raise CheckpointError(f"{path} belongs to another run ({different}). Resume it with its own arguments. {cure}")
     return {key: value for key, value in content.items() if key not in ("format", "identity")}
 
 
@@ -167,6 +166,21 @@ def _content(path: Path, cure: str, load_file: Callable[[], Any]) -> dict[str, A
     ):
         raise CheckpointError(f"{path} is a PyTorch file, but not a {_FORMAT!r}. {cure}")
     return content
+
+
+def differences(asked: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """Where what is saved of a run is not what was asked for, in words; empty if nowhere."""
+    found = []
+    for key, value in asked.items():
+        saved = there.get(key)
+        if saved == value:
+            continue
+        if isinstance(value, dict) and isinstance(saved, dict):
+            names = [name for name in value | saved if value.get(name) != saved.get(name)]
+            found.append(f"{key}: not the same {', '.join(names)}")
+        else:
+            found.append(f"{key}: asked {_short(value)}, there {_short(saved)}")
+    return "; ".join(found)
 
 
 def _short(value: object) -> str:

@@ -98,7 +98,7 @@ class Record:
         fine_tune: epochs in high precision that followed the ordinary ones; the curves hold both.
         stash: how what autograd saved was kept; empty for as torch keeps it.
         conventions: every field of each recipe that has a part in the run, by the recipe's name, and the SHA-256 of the
-            module that holds a task of one's own, by the task's; empty in schema 1.
+            module that holds a task or recipe of one's own, by ``module NAME``; empty in schema 1.
         commit: git revision and whether the package differed from it; both None outside a checkout.
         sources_sha256: fingerprints of the code that ran: one, or more where a run was resumed by other code.
         versions: of halfbyte, torch and Python.

@@ -159,7 +159,7 @@ def _finished(run: Run, path: Path) -> Record:
     """The record of a run that is to be resumed although it is done, if it is that run's."""
     done = record.read(path)
     identity = run.identity
-    different = [key for key in identity if getattr(done, key) != identity[key]]
+    different = checkpoint.differences(identity, {key: getattr(done, key) for key in identity})
     if different:
-        raise HalfbyteError(f"{path} is the record of another run; different: {', '.join(different)}.")
+        raise HalfbyteError(f"{path} is the record of another run ({different}). Name that run, or another folder.")
     return done

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
-from ..errors import UnknownNameError
+from ..errors import HalfbyteError, UnknownNameError
 from ..own import is_own, named
 from ..quantizers import (
     ExactGradScale,
@@ -170,16 +171,22 @@ def get(recipe: str | Recipe) -> Recipe:
 
 
 def find(name: str) -> Recipe:
-    """The recipe that somebody typed: one of `RECIPES`, or ``module:recipe`` for one of their own.
+    """The recipe that somebody typed: one of `RECIPES`, or ``module:recipe`` for one of their own, under that name.
 
     `get` never imports a module, so names that come from files are for `get`.
 
     Raises:
         UnknownNameError: if there is none of that name; the text suggests the nearest.
-        HalfbyteError: if the module cannot be imported, or holds no such recipe.
+        HalfbyteError: if the module cannot be imported, or holds no such recipe; for a `Recipe` in place of a name.
     """
+    if not isinstance(name, str):
+        given = f"the Recipe {name.name!r}" if isinstance(name, Recipe) else f"a {type(name).__name__}"
+        raise HalfbyteError(
+            f"A recipe goes by its name here, because commands and records name it; got {given}. One of your own is "
+            "module:variable: mine:recipe is the variable recipe of mine.py."
+        )
     if is_own(name):
-        return named(name, Recipe, "a Recipe (dataclasses.replace makes one of another)")
+        return replace(named(name, Recipe, "a Recipe (dataclasses.replace makes one of another)"), name=name)
     if name not in RECIPES:
-        raise UnknownNameError("recipe", str(name), [*RECIPES, "module:recipe"])
+        raise UnknownNameError("recipe", name, RECIPES, "module:recipe for one of your own")
     return RECIPES[name]

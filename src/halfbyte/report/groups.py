@@ -77,6 +77,14 @@ class Group:
         return sorted({_machine(r) for r in self.records})
 
     @property
+    def changed(self) -> list[str]:
+        """Recipes that were not the same in all their runs, because their definition or somebody's module changed."""
+        found: dict[str, list[tuple[str, dict[str, str]]]] = {}
+        for r in self.records:
+            found.setdefault(r.recipe, []).append((r.recipe_text, r.conventions))
+        return [name for name in self.recipes if any(other != found[name][0] for other in found[name])]
+
+    @property
     def comparison(self) -> Comparison:
         """Means, deviations and gaps."""
         return summarize(self.task, self.recipes, self.records)

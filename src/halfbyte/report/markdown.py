@@ -175,6 +175,7 @@ def _made(group: Group) -> str:
         f"`{group.command}` at {', '.join(group.commits)}; seeds {', '.join(map(str, group.seeds))}; "
         f"{'; '.join(group.machines)}. Time and what is kept for the backward pass are "
         "multiples of the baseline's; times only where one machine ran both, of the same sources."
+        + "".join(f" The runs of `{name}` are of different definitions of it." for name in group.changed)
     )
 
 

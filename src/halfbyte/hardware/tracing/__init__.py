@@ -35,8 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...convert.checks import check_model
 from ...errors import HalfbyteError, UnknownNameError
-from ...own import is_own
-from ...recipes import RECIPES, Recipe, Rule, find
+from ...recipes import RECIPES, Recipe, Rule, get
 from ..workload import FLOAT_BITS, VectorOp, Workload
 from .ledger import Ledger
 from .numerics import DTYPE_NAMES, Numerics
@@ -74,7 +73,7 @@ def trace(
             in ``train``; of one in ``train``, layers that are in ``eval`` stay so.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments. Only shapes and types count, so
             tensors of the meta device do. An input that requires a gradient gets one.
-        recipe: a `Recipe`, the name of one in `RECIPES`, ``"module:recipe"`` for one of your own, or ``"fp16"``.
+        recipe: a `Recipe`, the name of one in `RECIPES`, or ``"fp16"``.
         rules: asked before the recipe's own, as in `halfbyte.convert.convert`.
         name: of the workload; None takes the model's class.
         loss: from what the model returns to one number. None takes the mean cross-entropy over the last dimension of
@@ -156,11 +155,9 @@ def _merged(entries: Sequence[VectorOp]) -> tuple[VectorOp, ...]:
 def _recipe(recipe: str | Recipe) -> Recipe:
     if recipe == "fp16":
         return Recipe(name="fp16", description="Every GEMM in float16: the 16-bit baseline.", dtype=torch.float16)
-    if isinstance(recipe, Recipe):
-        return recipe
-    if not is_own(recipe) and recipe not in RECIPES:
-        raise UnknownNameError("recipe", str(recipe), (*RECIPES, "module:recipe", "fp16"))
-    return find(recipe)
+    if isinstance(recipe, str) and recipe not in RECIPES:
+        raise UnknownNameError("recipe", recipe, (*RECIPES, "fp16"))
+    return get(recipe)
 
 
 def _high(recipe: Recipe) -> str:

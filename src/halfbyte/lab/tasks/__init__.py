@@ -28,5 +28,5 @@ def get(name: str) -> Task:
     if is_own(name):
         return own.find(name)
     if name not in TASKS:
-        raise UnknownNameError("task", name, [*TASKS, "module:task"])
+        raise UnknownNameError("task", name, TASKS, "module:task for one of your own")
     return TASKS[name]

@@ -234,4 +234,5 @@ def _notes(group: Group) -> list[str]:
         notes.append("Peak memory is missing where records are older than schema 3.")
     if len({json.dumps(r.settings, sort_keys=True) for r in group.records}) > 1:
         notes.append("The runs differ in their settings; those of the first are shown.")
+    notes.extend(f"The runs of {name} are of different definitions of it." for name in group.changed)
     return notes
