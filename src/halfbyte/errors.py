@@ -27,10 +27,8 @@ class UnknownNameError(HalfbyteError, ValueError):
         self.other = other
         nearest = difflib.get_close_matches(asked, self.possible, n=1, cutoff=0.5)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        end = f"; {other}" if other else ""
-        super().__init__(
-            f"There is no {kind} named {asked!r}.{hint} Possible: {', '.join(self.possible) or 'none'}{end}."
-        )
+        known = f"{', '.join(self.possible) or 'none'}{'; ' if other else ''}{other}"
+        super().__init__(f"There is no {kind} named {asked!r}.{hint} Possible: {known}.")
 
     def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str], str]]:
         return type(self), (self.kind, self.asked, self.possible, self.other)

@@ -161,7 +161,7 @@ def test_number_of_epochs_is_part_of_the_run(unbroken, tmp_path):
     (tmp_path / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes())
     with pytest.raises(checkpoint.CheckpointError, match="fine_tune: asked 2, there 1"):
         train("digits", "fp32", 1, resume=tmp_path, **TUNED | {"fine_tune": 2})
-    with pytest.raises(HalfbyteError, match="is the record of another run .*fine_tune: asked"):
+    with pytest.raises(HalfbyteError, match=r"is the record of another run .*fine_tune: asked"):
         train("digits", "fp32", 1, resume=folder, **TUNED | {"fine_tune": 0})
     with pytest.raises(HalfbyteError, match="fine_tune=-1 was asked for"):
         train("digits", "fp32", 1, **TUNED | {"fine_tune": -1})

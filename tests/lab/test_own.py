@@ -267,7 +267,7 @@ def test_every_command_takes_a_recipe_of_ones_own(folder):
         (["hw", "digits", "--recipe", "own_task:recipe", "--compare", "ibm2020"], "own_task:recipe against ibm2020"),
         (["hw", "digits", "--recipe", "ibm2020", "--compare", "own_task:recipe"], "ibm2020 against own_task:recipe"),
         (
-            ["train", "own_task:task", "--recipe", "own_task:recipe", "--size", "smoke", "--no-report"],
+            ["train", "own_task:task", "--recipe", "own_task:recipe", "--size", "smoke"],
             "-own_task.recipe-",
         ),
     ):

@@ -218,9 +218,8 @@ def audit(
         batch = next(data.train.batches(settings.batch_size)).to(place)
         report = run_audit(network, lambda model: definition.learn(model, batch, (), settings).loss)
     console = Console(emoji=False)
-    console.print(
-        f"{task}, {name}, {recipe}: one training step on {batch.count} examples\n", markup=False, highlight=False
-    )
+    title = f"{task}, {name}, {recipe}: one training step on {batch.count} examples\n"
+    console.print(title, markup=False, highlight=False)
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         report.write(json_file)
