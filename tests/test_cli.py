@@ -168,7 +168,7 @@ def test_compare_prints_and_writes(capsys, tmp_path):
 
 
 def test_compare_all_means_every_recipe(monkeypatch):
-    """`--recipes all` asks for every recipe there is."""
+    """`--recipes all` asks for every recipe there is, and one's own can stand beside it."""
     from halfbyte.lab import compare
 
     asked = []
@@ -178,8 +178,9 @@ def test_compare_all_means_every_recipe(monkeypatch):
         raise HalfbyteError("enough")
 
     monkeypatch.setattr(compare, "compare", note)
-    assert main(["compare", "digits", "--recipes", "all", "--seeds", "2"]) == 2
-    assert asked == [("digits", list(RECIPES), [0, 1])]
+    for names in ("all", "all, mine:recipe"):
+        assert main(["compare", "digits", "--recipes", names, "--seeds", "2"]) == 2
+    assert asked == [("digits", list(RECIPES), [0, 1]), ("digits", [*RECIPES, "mine:recipe"], [0, 1])]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

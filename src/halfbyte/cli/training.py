@@ -76,7 +76,8 @@ def compare(
     from ..lab.run import Interrupted
     from ..recipes import RECIPES
 
-    names = list(RECIPES) if recipes.strip() == "all" else [name.strip() for name in recipes.split(",")]
+    words = [word.strip() for word in recipes.split(",")]
+    names = [name for word in words for name in (RECIPES if word == "all" else [word])]
     definition = tasks.get(task)
     with company(os.environ, accelerator) as leads:
         console = Console(quiet=not leads, emoji=False)
