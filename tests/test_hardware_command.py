@@ -77,7 +77,7 @@ def test_a_network_of_your_own(tmp_path):
     ("asked", "message"),
     [
         (["resnet51"], "resnet51"),
-        (["nowhere:make", "--input", "3"], "cannot be had"),
+        (["nowhere:make", "--input", "3"], "There is no module 'nowhere'"),
         (["math:pi", "--input", "3"], "a function that returns a network"),
         (["math:sqrt", "--input", "3"], "called without arguments"),
         (["time:time", "--input", "3"], "returned a float"),

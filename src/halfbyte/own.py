@@ -71,8 +71,9 @@ def _imported(module: str, wanted: str) -> ModuleType:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).stem == module]
         where = f" at line {lines[-1]}" if lines else ""
         raise HalfbyteError(f"Module {module!r} raised {type(error).__name__}{where}: {error}") from error
-    if _read.get(module, (None, ""))[0] is not home.__spec__ and home.__file__ is not None:
-        _read[module] = home.__spec__, hashlib.sha256(Path(home.__file__).read_bytes()).hexdigest()
+    file = getattr(home, "__file__", None)  # What is built into Python has none.
+    if file is not None and _read.get(module, (None, ""))[0] is not home.__spec__:
+        _read[module] = home.__spec__, hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return home
 
 
