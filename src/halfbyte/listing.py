@@ -69,7 +69,7 @@ def list_recipes(name: str | None) -> None:
     """Prints all recipes, or one in full."""
     from .recipes import RECIPES, find
 
-    console = Console()
+    console = Console(emoji=False)
     if name is not None:
         console.print(str(find(name)), markup=False, highlight=False, soft_wrap=True)
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -20,7 +21,7 @@ __all__ = ["fingerprint", "is_own", "named"]
 T = TypeVar("T")
 
 _read: dict[str, tuple[object, str]] = {}
-"""By module what it was imported by (another after a reload), and the SHA-256 of its file then."""
+"""By module what it was imported by (another after a reload), and the SHA-256 of its file when it was first named."""
 
 
 def is_own(name: object) -> bool:
@@ -37,7 +38,8 @@ def named(name: str, kind: type[T], wanted: str) -> T:
         wanted: the same for people: ``"a Recipe"``, and where one comes from.
 
     Raises:
-        HalfbyteError: if there is no such module, it cannot be imported, or what it holds is of another kind.
+        HalfbyteError: if there is no such module, it cannot be imported, another of its name was imported before, or
+            what it holds is of another kind.
         UnknownNameError: if it holds nothing of that name.
     """
     module, _, variable = name.partition(":")
@@ -48,8 +50,8 @@ def named(name: str, kind: type[T], wanted: str) -> T:
         )
     home = _imported(module, wanted)
     if not hasattr(home, variable):
-        there = [n for n, v in vars(home).items() if isinstance(v, kind) and n[0] != "_" and type(v) is not ModuleType]
-        raise UnknownNameError(f"variable of module {module!r}", variable, there)
+        there = [n for n, value in vars(home).items() if isinstance(value, kind) and not n.startswith("_")]
+        raise UnknownNameError(f"variable of module {module!r}", variable, there, wanted)
     found = getattr(home, variable)
     if not isinstance(found, kind):
         raise HalfbyteError(f"{name!r} is of type {type(found).__name__}; {wanted} is possible.")
@@ -57,30 +59,41 @@ def named(name: str, kind: type[T], wanted: str) -> T:
 
 
 def _imported(module: str, wanted: str) -> ModuleType:
+    """The module, from the working folder if it is there."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    stem = module.replace(".", os.sep)
+    files = (f"{stem}.py", f"{stem}{os.sep}__init__.py")
     try:
         home = importlib.import_module(module)
-    except Exception as error:  # It runs somebody's code: anything may come of it.
+    except (Exception, SystemExit) as error:  # It runs somebody's code: anything may come of it.
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise HalfbyteError(
                 f"There is no module {module!r}. Name one that holds {wanted} and that lies in the working folder or "
                 "is installed, without .py."
             ) from error
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).stem == module]
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(files)]
         where = f" at line {lines[-1]}" if lines else ""
         raise HalfbyteError(f"Module {module!r} raised {type(error).__name__}{where}: {error}") from error
-    file = getattr(home, "__file__", None)  # What is built into Python has none.
-    if file is not None and _read.get(module, (None, ""))[0] is not home.__spec__:
-        _read[module] = home.__spec__, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    file = Path(getattr(home, "__file__", None) or "")
+    meant = next((path for path in map(Path, files) if path.is_file()), None)
+    if meant is not None and not (file.is_file() and file.samefile(meant)):
+        raise HalfbyteError(
+            f"{meant} in the working folder cannot be had as {module!r}: another module of that name comes before it, "
+            f"{file if file.name else 'one that is built into Python'}. Give it a name of its own."
+        )
+    known = _read.get(module)
+    if file.is_file() and (known is None or known[0] is not home.__spec__):
+        _read[module] = home.__spec__, hashlib.sha256(file.read_bytes()).hexdigest()
     return home
 
 
 def fingerprint(*names: str) -> dict[str, str]:
-    """The SHA-256 of the module of each name ``module:variable``, as it was imported, so that other code shows.
+    """By the module of each name ``module:variable`` the SHA-256 of its file, so that other code shows.
 
-    Neither modules that it imports nor data that it reads have a part in it.
+    It is the file as it was when it was first named, or named again after a reload. Modules that it imports and data
+    that it reads have no part in it, and what is in no file (a zip, Python itself) has none.
     """
     modules = sorted({name.partition(":")[0] for name in names if is_own(name)})
     return {f"module {module}": _read[module][1] for module in modules if module in _read}

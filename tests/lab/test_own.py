@@ -1,5 +1,7 @@
 """A task or a recipe of somebody's own: named by module and variable, and used like those that are there."""
 
+import importlib
+import pickle
 import sys
 
 import pytest
@@ -20,7 +22,7 @@ from halfbyte.lab.run import Run
 from halfbyte.lab.tasks import Settings, classification
 from halfbyte.lab.trainer import train
 from halfbyte.own import fingerprint
-from halfbyte.report import groups, markdown
+from halfbyte.report import groups, markdown, page
 
 MODULE = """
 import dataclasses
@@ -169,11 +171,13 @@ def test_a_recipe_of_other_code_is_another_run(folder):
 
 
 def test_the_fingerprint_is_of_the_code_that_runs(folder):
-    """A file that is edited after its import does not change what the run says of itself."""
+    """A file that is edited after its import does not change what the run says of itself, until it is reloaded."""
     run = Run(task="own_task:task", recipe="own_task:recipe", seed=0)
     before = run.identity
     (folder / "own_task.py").write_text(MODULE + "\n")
     assert run.identity == before
+    importlib.reload(sys.modules["own_task"])
+    assert Run(task="own_task:task", recipe="own_task:recipe", seed=0).identity != before
 
 
 def test_a_report_says_that_it_averages_over_two_recipes(folder):
@@ -186,6 +190,19 @@ def test_a_report_says_that_it_averages_over_two_recipes(folder):
     assert group.changed == ["own_task:recipe"]
     markdown.write(group.records, folder / "page.md")
     assert "The runs of `own_task:recipe` are of different definitions of it." in (folder / "page.md").read_text()
+
+
+def test_a_report_tells_a_task_that_changed_from_recipes_that_did_not(folder):
+    """A task's module that changed between the seeds is named once, and no recipe is."""
+    for seed, text in ((0, MODULE), (1, MODULE + "\n")):
+        (folder / "own_task.py").write_text(text)
+        sys.modules.pop("own_task", None)
+        compare("own_task:task", ["fp32", "ibm2020"], [seed], size="smoke", out_dir=folder / "runs")
+    (group,) = groups.groups(groups.gather([folder / "runs"]))
+    assert group.changed == ["own_task:task"]
+    assert page.content(group.records)["groups"][0]["notes"] == [
+        "The runs of own_task:task are of different definitions of it."
+    ]
 
 
 def test_a_resumed_run_of_other_code_says_which_module(folder):
@@ -221,7 +238,11 @@ def test_child_processes_know_it_and_a_second_call_reuses_its_records(folder):
         ("own_task.py:recipe", r"no module 'own_task\.py'.*without \.py"),
         ("../own_task:recipe", "A module and a variable in it are possible"),
         ("own_task:", "A module and a variable in it are possible"),
-        ("own_task:recip", "Did you mean 'recipe'"),
+        ("own_task:recip", "Did you mean 'recipe'.*; a Recipe"),
+        ("leaves:recipe", "'leaves' raised SystemExit at line 1: 0"),
+        ("a_package.part:recipe", "'a_package.part' raised ZeroDivisionError at line 1"),
+        ("json:recipe", r"json\.py in the working folder cannot be had as 'json'.*json/__init__\.py"),
+        ("time:recipe", r"time\.py in the working folder cannot be had as 'time'.*built into Python"),
         ("raises:recipe", r"'raises' raised KeyError at line 2: 'nix'"),
         ("lacks:recipe", "'lacks' raised ModuleNotFoundError at line 1: No module named 'not_installed'"),
     ],
@@ -230,17 +251,33 @@ def test_a_name_that_leads_nowhere(folder, name, text):
     """No module, no variable, or a module that raises: each is told apart, with the line where there is one."""
     (folder / "raises.py").write_text("table = {}\ntable['nix']\n")
     (folder / "lacks.py").write_text("import not_installed\n")
+    (folder / "leaves.py").write_text("raise SystemExit(0)\n")
+    for name_of_python in ("json", "time"):
+        (folder / f"{name_of_python}.py").write_text("recipe = None\n")
+    (folder / "a_package").mkdir()
+    (folder / "a_package/part.py").write_text("1 / 0\n")
     with pytest.raises(HalfbyteError, match=text):
         recipes.find(name)
 
 
+def test_a_module_in_a_package(folder):
+    """A dotted name leads into a package, and its file has a fingerprint."""
+    (folder / "a_package").mkdir()
+    (folder / "a_package/good.py").write_text(MODULE)
+    assert recipes.find("a_package.good:recipe").name == "a_package.good:recipe"
+    assert fingerprint("a_package.good:recipe").keys() == {"module a_package.good"}
+
+
 def test_no_record_names_a_module_to_a_report(folder):
-    """A record of somebody's own recipe is shown, with the model of a chip, and its module is not imported."""
-    train("digits", "own_task:recipe", 0, size="smoke", out_dir=folder / "runs/a")
+    """A record of somebody's own recipe is shown, but not in the model of a chip, and its module is not imported."""
+    for name in ("ibm2020", "own_task:recipe"):
+        train("digits", name, 0, size="smoke", out_dir=folder / "runs" / name.replace(":", "."))
     del sys.modules["own_task"]
     result = CliRunner().invoke(app, ["report", str(folder / "runs"), "-o", str(folder / "page.html")])
     assert result.exit_code == 0, result.output
     assert "own_task:recipe" in (folder / "page.html").read_text()
+    modeled = page.content(groups.gather([folder / "runs"]), with_model=True)["groups"][0]["modeled"]
+    assert [row["recipe"] for row in modeled["rows"]] == ["fp16", "ibm2020"]
     with pytest.raises(UnknownNameError):
         trace(nn.Linear(2, 2), torch.zeros(1, 2), "own_task:recipe")
     with pytest.raises(UnknownNameError):
@@ -252,11 +289,25 @@ def test_what_is_no_recipe(folder):
     """A variable that is no recipe, a mistyped name or no name is an error that says what is possible."""
     with pytest.raises(HalfbyteError, match=r"is of type int; a Recipe .* is possible"):
         recipes.find("own_task:number")
-    with pytest.raises(UnknownNameError, match="module:recipe"):
+    with pytest.raises(UnknownNameError, match="module:recipe") as raised:
         recipes.find("ibm2021")
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
     for given, text in ((hb.RECIPES["luq"], "got the Recipe 'luq'"), ({}, "got a dict")):
         with pytest.raises(HalfbyteError, match=text):
             Run(task="digits", recipe=given, seed=0)
+
+
+def test_a_colon_and_an_x_are_no_picture(folder):
+    """What stands between colons is printed as it is: `own_task:x:` has no cross in it."""
+    (folder / "own_task.py").write_text(MODULE + "x = recipe\n")
+    for words in (
+        ["recipes", "own_task:x"],
+        ["hw", "own_task:network", "--input", "6", "--recipe", "own_task:x"],
+        ["audit", "digits", "--model", "mlp", "--recipe", "own_task:x"],
+    ):
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert "own_task:x" in result.output
+        assert "❌" not in result.output
 
 
 def test_every_command_takes_a_recipe_of_ones_own(folder):

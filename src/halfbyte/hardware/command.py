@@ -121,9 +121,9 @@ def command(
     step = model_step(example, recipe, batch, name=network)
     baseline = None if compare is None else model_step(example, compare, batch, name=network)
     found = estimate(step, chosen)
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
+        console = Console(width=_FILE_WIDTH, emoji=False)
     console.print(_heading(example, found))
     console.print(_layers(found))
     content: dict[str, Any] = {"estimate": found.to_json(), "layers": _layer_rows(found)}

@@ -121,7 +121,9 @@ def load(fabric: Fabric, folder: Path, identity: Mapping[str, Any]) -> dict[str,
     saved = content["identity"]
     different = differences(identity, saved)
     if different:
-        raise CheckpointError(f"{path} belongs to another run ({different}). Resume it with its own arguments. {cure}")
+        raise CheckpointError(
+            f"{path} belongs to another run ({different}). Resume it with its own arguments and files. {cure}"
+        )
     return {key: value for key, value in content.items() if key not in ("format", "identity")}
 
 

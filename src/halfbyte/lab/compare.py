@@ -151,7 +151,11 @@ def compare(
     """
     for what, given in (("recipe", recipes), ("seed", seeds)):
         if not given or len(set(given)) != len(given):
-            raise HalfbyteError(f"A comparison needs at least one {what} and each only once; got {list(given)}.")
+            twice = sorted({str(one) for one in given if list(given).count(one) > 1})
+            raise HalfbyteError(
+                f"A comparison needs at least one {what} and each only once; got {list(given)}"
+                + (f", {', '.join(twice)} more than once." if twice else ".")
+            )
     runs = [
         Run(task=task, recipe=recipe, seed=seed, size=size, model=model or "", fine_tune=fine_tune, stash=stash)
         for seed in seeds

@@ -156,6 +156,9 @@ _ALL: tuple[Recipe, ...] = (
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_ALL, *FOLLOWERS)}
 """The recipes by name."""
 
+OWN_RECIPE = "a Recipe of your own (on the command line module:recipe)"
+"""What is possible besides those names."""
+
 
 def get(recipe: str | Recipe) -> Recipe:
     """The recipe of that name; a `Recipe` is returned as it is.
@@ -166,7 +169,7 @@ def get(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise UnknownNameError("recipe", str(recipe), RECIPES)
+        raise UnknownNameError("recipe", str(recipe), RECIPES, OWN_RECIPE)
     return RECIPES[recipe]
 
 
@@ -188,5 +191,5 @@ def find(name: str) -> Recipe:
     if is_own(name):
         return replace(named(name, Recipe, "a Recipe (dataclasses.replace makes one of another)"), name=name)
     if name not in RECIPES:
-        raise UnknownNameError("recipe", name, RECIPES, "module:recipe for one of your own")
+        raise UnknownNameError("recipe", name, RECIPES, OWN_RECIPE)
     return RECIPES[name]

@@ -78,11 +78,14 @@ class Group:
 
     @property
     def changed(self) -> list[str]:
-        """Recipes that were not the same in all their runs, because their definition or somebody's module changed."""
-        found: dict[str, list[tuple[str, dict[str, str]]]] = {}
+        """Recipes, and the task, that were not the same in all their runs: another definition, or somebody's module."""
+        found: dict[str, set[str]] = {}
         for r in self.records:
-            found.setdefault(r.recipe, []).append((r.recipe_text, r.conventions))
-        return [name for name in self.recipes if any(other != found[name][0] for other in found[name])]
+            modules = {name: r.conventions.get(f"module {name.partition(':')[0]}") for name in (r.task, r.recipe)}
+            own = {name: text for name, text in r.conventions.items() if not name.startswith("module ")}
+            found.setdefault(r.recipe, set()).add(str((r.recipe_text, own, modules[r.recipe])))
+            found.setdefault(r.task, set()).add(str(modules[r.task]))
+        return [name for name in (self.task, *self.recipes) if len(found[name]) > 1]
 
     @property
     def comparison(self) -> Comparison:

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from ...convert.checks import check_model
 from ...errors import HalfbyteError, UnknownNameError
 from ...recipes import RECIPES, Recipe, Rule, get
+from ...recipes.table import OWN_RECIPE
 from ..workload import FLOAT_BITS, VectorOp, Workload
 from .ledger import Ledger
 from .numerics import DTYPE_NAMES, Numerics
@@ -156,7 +157,7 @@ def _recipe(recipe: str | Recipe) -> Recipe:
     if recipe == "fp16":
         return Recipe(name="fp16", description="Every GEMM in float16: the 16-bit baseline.", dtype=torch.float16)
     if isinstance(recipe, str) and recipe not in RECIPES:
-        raise UnknownNameError("recipe", recipe, (*RECIPES, "fp16"))
+        raise UnknownNameError("recipe", recipe, (*RECIPES, "fp16"), OWN_RECIPE)
     return get(recipe)
 
 
