@@ -662,16 +662,33 @@ def test_name_and_description_act():
     assert str(recipe).splitlines()[:2] == ["mine: An example.", "source: Nowhere, 2020"]
 
 
-ALIKE_WITHOUT_RULES = {"ibm2020", "ibm2020_1x1_fp8", "ibm2020_bottom_1x1_fp8"}
+ALIKE_WITHOUT_RULES = {"ibm2020", "ibm2020_1x1_fp8", "ibm2020_bottom_1x1_fp8", "exact_scale"}
+"""Those that differ in their rules alone, and in the second step: the first gradient's scale is always its own."""
 
 
 @on_both_layers
 def test_every_recipe_computes_something_of_its_own(make):
-    """No two recipes give the same three results in one step, but for three that differ in their rules alone."""
+    """No two recipes give the same three results in one step, but for those of which that is known."""
     found = {name: results(dataclasses.replace(recipe, rules=()), make) for name, recipe in RECIPES.items()}
     for first, second in itertools.combinations(found, 2):
         alike = all(torch.equal(found[first][k], found[second][k]) for k in found[first])
         assert alike is ({first, second} <= ALIKE_WITHOUT_RULES), (first, second)
+
+
+def test_exact_scale_follows_a_gradient_that_jumps():
+    """A gradient 2^10 times the one before gives 2^10 times its results, to the bit; under ibm2020 it is cut."""
+    followed = {}
+    for name in ("exact_scale", "ibm2020"):
+        torch.manual_seed(1)
+        layer = convert(nn.Linear(12, 7), dataclasses.replace(RECIPES[name], rules=()))
+        x, grad = torch.randn(9, 12, requires_grad=True), torch.randn(9, 7)
+        found = []
+        for factor in (1.0, 1024.0):
+            x.grad = layer.weight.grad = None
+            layer(x).backward(factor * grad)
+            found.append((x.grad / factor, layer.weight.grad / factor))
+        followed[name] = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert followed == {"exact_scale": True, "ibm2020": False}
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
