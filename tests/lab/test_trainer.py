@@ -283,6 +283,12 @@ def test_checkpoint_of_another_run_is_refused(change, text, unbroken, tmp_path):
         train(**asked | {"resume": unbroken["fp32"][0]})
 
 
+def test_a_refusal_tells_both_values_of_the_setting_that_differs():
+    """Of settings, only those that differ are named, each with what was asked and what is there."""
+    asked, there = ({"settings": {"epochs": epochs, "batch_size": 64}} for epochs in (2, 3))
+    assert checkpoint.differences(asked, there) == "settings: not the same epochs (asked 2, there 3)"
+
+
 def test_nothing_to_resume(tmp_path):
     """An empty folder cannot be resumed."""
     with pytest.raises(checkpoint.CheckpointError, match="There is no checkpoint to resume"):

@@ -178,8 +178,12 @@ def differences(asked: Mapping[str, Any], there: Mapping[str, Any]) -> str:
         if saved == value:
             continue
         if isinstance(value, dict) and isinstance(saved, dict):
-            names = [name for name in value | saved if value.get(name) != saved.get(name)]
-            found.append(f"{key}: not the same {', '.join(names)}")
+            parts = [
+                f"{name} (asked {_short(value.get(name))}, there {_short(saved.get(name))})"
+                for name in value | saved
+                if value.get(name) != saved.get(name)
+            ]
+            found.append(f"{key}: not the same {', '.join(parts)}")
         else:
             found.append(f"{key}: asked {_short(value)}, there {_short(saved)}")
     return "; ".join(found)
