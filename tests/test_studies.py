@@ -21,6 +21,7 @@ STUDIES = (
     "rescaling",
     "rounding_threshold",
     "shrinkage",
+    "text_ablations",
     "two_phases",
     "which_layers",
 )
@@ -83,10 +84,11 @@ def test_index_is_up_to_date(study):
     assert below == index.index(EXPERIMENTS / "records" / "studies")
 
 
-def test_the_study_of_the_shrinkage_needs_its_text(study):
-    """The digits, whose accuracy is better when it is higher, give no verdict on a perplexity."""
+@pytest.mark.parametrize("name", ["shrinkage", "text_ablations"])
+def test_a_study_of_text_needs_its_text(name, study):
+    """The digits, whose accuracy is better when it is higher, give no verdict on a loss."""
     with pytest.raises(SystemExit, match="--data-dir DIR"):
-        study("shrinkage").main([])
+        study(name).main([])
 
 
 def test_a_recurrent_network_goes_on_from_its_state_within_bounds(common, tmp_path, monkeypatch):
