@@ -1,5 +1,6 @@
 """The command: what it prints, what it writes, and how it says no."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from PIL import Image
 from halfbyte import RECIPES, formats, kernels, picture
 from halfbyte.cli import main
 from halfbyte.errors import HalfbyteError
-from halfbyte.lab import record, trainer
+from halfbyte.lab import record, tasks, trainer
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
@@ -165,6 +166,14 @@ def test_compare_prints_and_writes(capsys, tmp_path):
     assert (
         record.read(tmp_path / "r" / "digits-mlp-smoke-fp32-seed0" / "record.json").value == content["runs"][0]["value"]
     )
+
+
+def test_train_tells_every_measure(capsys, monkeypatch):
+    """The last line of a training has the metric and the further measures, each with its unit."""
+    digits = dataclasses.replace(tasks.get("digits"), judge=lambda *_: tasks.Judgment(12, {"another": 0.5}))
+    monkeypatch.setattr(tasks, "TASKS", {"digits": digits})
+    assert main(["train", "digits", "--recipe", "fp32", "--size", "smoke", "--model", "mlp", "--no-report"]) == 0
+    assert "digits-mlp-smoke-fp32-seed0: accuracy 12.00 %, another 0.50 % in " in capsys.readouterr().out
 
 
 def test_compare_all_means_every_recipe(monkeypatch):

@@ -27,6 +27,7 @@ def done() -> Record:
         model="cnn",
         metric="accuracy",
         value=98.5,
+        further={"top-2 accuracy": 99.75},
         higher_is_better=True,
         unit="%",
         settings={"epochs": 2},
@@ -62,7 +63,7 @@ def test_top_level_names(done, tmp_path):
     record.write(done, tmp_path / "record.json")
     content = json.loads((tmp_path / "record.json").read_text())
     assert {"schema", "task", "recipe", "seed", "size", "model", "metric", "value"} <= content.keys()
-    assert content["schema"] == 4
+    assert content["schema"] == 5
     assert content["value"] == 98.5
 
 
@@ -89,16 +90,17 @@ def test_cut_file(done, tmp_path):
     ("change", "text"),
     [
         (lambda c: c.pop("schema"), "has no 'schema'"),
-        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1 to 4"),
+        (lambda c: c.update(schema=99), "has schema 99; this version of halfbyte reads schema 1 to 5"),
         (lambda c: c.pop("value"), r"missing \['value'\]"),
         (lambda c: c.pop("conventions"), r"missing \['conventions'\]"),
-        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune', 'history', 'peak_bytes', .*\]"),
+        (lambda c: c.update(schema=1), r"foreign \['conventions', 'fine_tune', 'further', 'history', .*\]"),
         (lambda c: c.update(color="red"), r"foreign \['color'\]"),
         (lambda c: c.update(seed="1"), "'seed' must be int, but is '1'"),
         (lambda c: c.update(value=True), "'value' must be float, but is True"),
         (lambda c: c.update(curves=[]), "'curves' must be dict"),
         (lambda c: c.update(probes=[]), "'probes' must be dict"),
         (lambda c: c.update(peak_bytes=0.5), "'peak_bytes' must be int, but is 0.5"),
+        (lambda c: c.update(further={"x": "1"}), r"'further' must be \{name: float\}, but 'x' is '1'"),
     ],
 )
 def test_foreign_file(done, tmp_path, change, text):
@@ -115,20 +117,29 @@ def test_foreign_file(done, tmp_path, change, text):
 @pytest.mark.parametrize(
     ("schema", "later"),
     [
-        (1, ["fine_tune", "conventions", "stash", "probes", "peak_bytes", "history"]),
-        (2, ["stash", "probes", "peak_bytes", "history"]),
-        (3, ["history"]),
+        (1, ["fine_tune", "conventions", "stash", "probes", "peak_bytes", "history", "further"]),
+        (2, ["stash", "probes", "peak_bytes", "history", "further"]),
+        (3, ["history", "further"]),
+        (4, ["further"]),
     ],
 )
 def test_earlier_schemas_are_read(schema, later, done, tmp_path):
-    """A record from before fine-tuning, a stash, probes or their history says so: what it does not hold is empty."""
+    """A record from before fine-tuning, a stash, probes, their history or further measures has them empty."""
     path = tmp_path / "record.json"
     record.write(done, path)
     content = json.loads(path.read_text())
     for name in later:
         del content[name]
     path.write_text(json.dumps(content | {"schema": schema}))
-    empty = {"fine_tune": 0, "conventions": {}, "stash": "", "probes": {}, "peak_bytes": 0, "history": {}}
+    empty = {
+        "fine_tune": 0,
+        "conventions": {},
+        "stash": "",
+        "probes": {},
+        "peak_bytes": 0,
+        "history": {},
+        "further": {},
+    }
     assert record.read(path) == dataclasses.replace(done, **{name: empty[name] for name in later})
 
 
@@ -146,7 +157,7 @@ def test_part_of_a_run_is_no_record(done, tmp_path):
     with pytest.raises(RecordError, match="has schema 'part of a run'; this version of halfbyte reads"):
         record.read(tmp_path / "progress.json")
     record.write(done, tmp_path / "record.json")
-    with pytest.raises(RecordError, match="does not tell of a run that goes on; it has schema 4"):
+    with pytest.raises(RecordError, match="does not tell of a run that goes on; it has schema 5"):
         record.read_partial(tmp_path / "record.json")
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from halfbyte.lab.data.augment import mask_bands
 from halfbyte.lab.data.source import Batch
 from halfbyte.lab.data.speech import BANDS, BLANK, CHARACTERS, log_mel
 from halfbyte.lab.models.speech import Listener, Recognizer
-from halfbyte.lab.tasks.speech import read_off, word_errors
+from halfbyte.lab.tasks import Judgment
+from halfbyte.lab.tasks.speech import character_errors, read_off, word_errors
 from lab import mini_speech
 
 REAL = os.environ.get("HALFBYTE_DATA")
@@ -146,16 +148,22 @@ def test_reading_off():
     assert read_off(logits, torch.tensor([6, 1])) == ["FI", "A"]
 
 
+class Echo(nn.Module):
+    """Says what it hears: its input is its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.anything = nn.Parameter(torch.zeros(1))
+
+    def forward(self, frames, lengths):
+        return frames
+
+
 def test_a_path_of_what_was_said_has_no_loss():
     """The score is the share of characters right, and the loss vanishes as the right path becomes certain."""
     task = tasks.get("an4")
     said = torch.tensor([[CHARACTERS.index(c) for c in "FIVE"]])
     batch = Batch((path("-F-I-V-E").unsqueeze(0) * 50, torch.tensor([8])), (said, torch.tensor([4])), 1)
-
-    class Echo(nn.Module):
-        def forward(self, frames, lengths):
-            return frames
-
     found = task.learn(Echo(), batch, (), task.settings("smoke"))
     assert found.loss < 1e-6
     assert found.score == 1
@@ -163,9 +171,35 @@ def test_a_path_of_what_was_said_has_no_loss():
     assert task.learn(Echo(), wrong, (), task.settings("smoke")).score == 0.75
 
 
-def test_word_errors_by_hand(monkeypatch):
-    """One of four words wrong is 25 %; without jiwer the cure is named."""
-    assert word_errors(["A B", "FIVE SIX"], ["A B", "FIVE SEVEN"]) == 25
+def test_silence_has_no_character_right():
+    """A path of nothing but blanks, as CTC writes at first, has a score of 0."""
+    task = tasks.get("an4")
+    said = torch.tensor([[CHARACTERS.index(c) for c in "FIVE"]])
+    batch = Batch((path("--------").unsqueeze(0) * 50, torch.tensor([8])), (said, torch.tensor([4])), 1)
+    assert task.learn(Echo(), batch, (), task.settings("smoke")).score == 0
+
+
+def test_character_errors_by_hand():
+    """SIX for SEVEN: S stays, two are replaced, two are missing; 4 of 3 + 10 characters, the spaces included."""
+    assert character_errors(["A B", "FIVE SIX"], ["A B", "FIVE SEVEN"]) == pytest.approx(100 * 4 / 13, abs=1e-12)
+
+
+def test_an4_is_judged_by_words_and_by_characters(folder):
+    """Of YES, A B C, ENTER FIVE and YES, heard with FIVE as FIX: 1 of 7 words, 2 of 21 characters."""
+    task = tasks.get("an4")
+    heard = ["Y-E-S", "A-- --B-- --C", "E-N-T-E-R-- --F-I-X", "Y-E-S"]
+    rows = [
+        (path(line) * 50, torch.tensor([CHARACTERS.index(c) for c in said]))
+        for line, said in zip(heard, [*mini_speech.SAID, "YES"], strict=True)
+    ]
+    data = speech.an4(folder)
+    test = replace(data.test, examples=rows)
+    found = task.judged(Echo(), replace(data, test=test), task.settings("smoke"))
+    assert found == Judgment(100 * (1 / 7), {"character error rate": 100 * (2 / 21)})
+
+
+def test_without_jiwer_the_cure_is_named(monkeypatch):
+    """The error says what to install."""
     monkeypatch.setitem(sys.modules, "jiwer", None)
     with pytest.raises(HalfbyteError, match=r"pip install 'halfbyte\[lab\]'"):
         word_errors(["A"], ["A"])

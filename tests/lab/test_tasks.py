@@ -1,5 +1,7 @@
 """Tasks and their networks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,8 @@ from torch import nn
 from halfbyte.errors import HalfbyteError, UnknownNameError
 from halfbyte.lab import tasks
 from halfbyte.lab.data.source import Batch
-from halfbyte.lab.tasks import Settings
+from halfbyte.lab.tasks import Judgment, Settings
+from halfbyte.lab.trainer import train
 
 
 def network(name):
@@ -71,3 +74,24 @@ def test_accuracy_counts():
     batch = Batch((torch.eye(10)[[1, 2, 3, 4]],), (torch.tensor([1, 2, 0, 0]),), 4)
     assert task.learn(nn.Identity(), batch, (), task.settings("smoke")).score == 2
     assert task.summarize(2, 4) == 50
+
+
+@pytest.mark.parametrize(
+    ("said", "further"), [(12, {}), (Judgment(12, {"of another kind": 0.5}), {"of another kind": 0.5})]
+)
+def test_a_judge_has_the_last_word(said, further, monkeypatch):
+    """A record holds the number that a judge gives, and its further measures where it gives a Judgment."""
+    digits = replace(tasks.get("digits"), judge=lambda *_: said)
+    monkeypatch.setattr(tasks, "TASKS", {"digits": digits})
+    done = train("digits", "fp32", 0, size="smoke", model="mlp")
+    assert (done.value, done.further) == (12, further)
+
+
+@pytest.mark.parametrize("said", [(12, {}), {"accuracy": 12.0}, torch.tensor(12.0), Judgment(12, {"x": "high"})])
+def test_a_judge_gives_numbers(said):
+    """What is no number, and no Judgment of numbers, is refused, and the text says what is possible."""
+    digits = replace(tasks.get("digits"), judge=lambda *_: said)
+    with pytest.raises(
+        HalfbyteError, match=r"judge of task 'digits' gave .*a float, or a halfbyte\.lab\.tasks\.Judgment"
+    ):
+        digits.judged(nn.Identity(), None, digits.settings("smoke"))

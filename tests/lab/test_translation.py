@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from halfbyte.lab.data import multi30k
 from halfbyte.lab.data.multi30k import BOS, EOS, PAD
 from halfbyte.lab.data.source import Batch
 from halfbyte.lab.models.translation import Transformer
+from halfbyte.lab.tasks import translation
 from halfbyte.lab.tasks.translation import bleu, translate
 from lab import mini_translation
 
@@ -144,6 +146,24 @@ def test_bleu_of_known_sentences():
     text = ["Ein Hund rennt über eine Wiese.", "Zwei Männer schlafen in einem Raum."]
     assert bleu(text, text) == pytest.approx(100)
     assert 0 < bleu([text[0], text[0]], text) < 60
+
+
+@pytest.mark.parametrize(
+    ("beam", "value", "further"),
+    [(1, 0, {"BLEU with a beam of 4": 100}), (4, 100, {"greedy BLEU": 0}), (5, 100, {"greedy BLEU": 0})],
+)
+def test_multi30k_is_judged_by_both_searches(beam, value, further, data, monkeypatch):
+    """The metric is BLEU of the settings' search, beside it stands the other's: greedy, or with a beam of four."""
+    task = tasks.get("multi30k")
+    right = {tuple(source.tolist()): target[:-1].tolist() for source, target in data.test.examples}
+
+    def found(_, source_NS, *, beam):
+        return [right[tuple(p for p in row if p != PAD)] if beam > 1 else [] for row in source_NS.tolist()]
+
+    monkeypatch.setattr(translation, "translate", found)
+    judged = task.judged(tiny(), data, replace(task.settings("smoke"), beam=beam))
+    assert judged.value == pytest.approx(value)
+    assert judged.further == pytest.approx(further)
 
 
 def test_without_sacrebleu_the_cure_is_named(monkeypatch):

@@ -177,7 +177,9 @@ def train(
         except Interrupted as stop:
             board = "" if tensorboard is None else f" --tensorboard {shlex.quote(str(tensorboard))}"
             raise _stopped(stop, stop.command + board, console) from None
-    console.print(f"{run.name}: {result.metric} {result.value:.2f} {result.unit} in {result.seconds:.1f} s")
+    measured = {result.metric: result.value, **result.further}
+    told = ", ".join(f"{name} {value:.2f} {result.unit}".rstrip() for name, value in measured.items())
+    console.print(f"{run.name}: {told} in {result.seconds:.1f} s")
     for layer, count in result.nonfinite.items():
         console.print(f"{layer}: {count} tensors held NaN or infinity.", style="red")
     console.print(f"Record: {folder / RECORD_NAME}")

@@ -32,7 +32,7 @@ from .history import moments
 from .position import Position
 from .record import Record
 from .run import PROGRESS_NAME, DivergedError, Run, Step
-from .tasks import Carry, Outcome
+from .tasks import Carry, Judgment, Outcome
 
 __all__ = ["Loop"]
 
@@ -230,7 +230,7 @@ class Loop:
             return
         at = self.position
         layers = at.layers or ([] if self.strategy == "fsdp2" else str(summary(self.plain)).splitlines())
-        so_far = self._record(at.curves[f"test_{self.shown}"][-1], layers, self.fabric.device.type)
+        so_far = self._record(Judgment(at.curves[f"test_{self.shown}"][-1]), layers, self.fabric.device.type)
         with checkpoint.writing(path), contextlib.suppress(record.RecordError):  # A score may not be a number yet.
             record.write_partial(dataclasses.replace(so_far, metric=self.shown), path, at.epoch, self.epochs)
 
@@ -254,17 +254,14 @@ class Loop:
         self._demand_finite(loss_sum, "test")
         return loss_sum / count, self.task.summarize(score_sum, count)
 
-    def _judge(self, network: nn.Module) -> float:
+    def _judge(self, network: nn.Module) -> Judgment:
         """The run's result. Every rank finds it for itself, so that none waits for longer than the others can."""
-        at, judge = self.position, self.task.judge
-        if judge is None:
-            return at.curves[f"test_{self.task.metric}"][-1]
-        started = time.perf_counter()
+        at, started = self.position, time.perf_counter()
         network.eval()
         with torch.no_grad():
-            value = judge(network, self.data, self.settings)
+            found = self.task.judged(network, self.data, self.settings)
         at.test_seconds += time.perf_counter() - started
-        return value
+        return found or Judgment(at.curves[f"test_{self.task.metric}"][-1])
 
     def _demand_finite(self, loss: float, part: str) -> None:
         """Stops a run that has diverged."""
@@ -345,12 +342,12 @@ class Loop:
         """The result, once every epoch is done."""
         network = self._whole()
         layers = str(summary(network)).splitlines()
-        value = self._judge(network)
+        found = self._judge(network)
         ranks.fold_counts(self.plain)
         earlier = self.position.layers
-        return self._record(value, [*earlier, "fine-tuning:", *layers] if earlier else layers, accelerator)
+        return self._record(found, [*earlier, "fine-tuning:", *layers] if earlier else layers, accelerator)
 
-    def _record(self, value: float, layers: list[str], accelerator: str) -> Record:
+    def _record(self, found: Judgment, layers: list[str], accelerator: str) -> Record:
         """What there is to write of the run as it stands."""
         at, task, run = self.position, self.task, self.run
         return Record(
@@ -360,7 +357,8 @@ class Loop:
             size=run.size,
             model=run.model,
             metric=task.metric,
-            value=value,
+            value=found.value,
+            further=dict(found.further),
             higher_is_better=task.higher_is_better,
             unit=task.unit,
             settings=run.identity["settings"],

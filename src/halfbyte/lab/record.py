@@ -47,12 +47,13 @@ __all__ = [
     "write_partial",
 ]
 
-SCHEMA = 4
+SCHEMA = 5
 _LATER = {
-    1: {"fine_tune", "conventions", "stash", "probes", "peak_bytes", "history"},
-    2: {"stash", "probes", "peak_bytes", "history"},
-    3: {"history"},
-    4: set[str](),
+    1: {"fine_tune", "conventions", "stash", "probes", "peak_bytes", "history", "further"},
+    2: {"stash", "probes", "peak_bytes", "history", "further"},
+    3: {"history", "further"},
+    4: {"further"},
+    5: set[str](),
 }
 """The schemas that are read: for each the fields that it does not have, because its runs had or told no such thing."""
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -77,6 +78,7 @@ class Record:
         model: name of the network.
         metric: what ``value`` measures.
         value: the metric on the test data after the last epoch. No epoch is chosen by its result.
+        further: what else was measured on the test data then, by name, in the same unit; empty where nothing was.
         higher_is_better: which way the metric points.
         unit: unit of ``value``, for example ``"%"``.
         settings: epochs, batch size, optimizer and learning rate.
@@ -112,6 +114,7 @@ class Record:
     model: str
     metric: str
     value: float
+    further: dict[str, float] = field(default_factory=dict)
     higher_is_better: bool
     unit: str
     settings: dict[str, Any]
@@ -140,6 +143,9 @@ class Record:
             # True is an int to Python, but a seed or a value of `true` is a damaged file.
             if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
                 raise RecordError(f"A record's {part.name!r} must be {part.type}, but is {value!r}.")
+        for name, number in self.further.items():
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                raise RecordError(f"A record's 'further' must be {{name: float}}, but {name!r} is {number!r}.")
 
 
 _TYPES: Mapping[str, type | tuple[type, ...]] = MappingProxyType(

@@ -8,10 +8,10 @@ from types import MappingProxyType
 from ...errors import UnknownNameError
 from ...own import is_own
 from . import language, own, speech, translation, vision
-from .contract import SIZES, Carry, Outcome, Settings, Task
+from .contract import SIZES, Carry, Judgment, Outcome, Settings, Task
 from .own import classification
 
-__all__ = ["SIZES", "TASKS", "Carry", "Outcome", "Settings", "Task", "classification", "get"]
+__all__ = ["SIZES", "TASKS", "Carry", "Judgment", "Outcome", "Settings", "Task", "classification", "get"]
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {task.name: task for task in (*vision.TASKS, *language.TASKS, *translation.TASKS, *speech.TASKS)}

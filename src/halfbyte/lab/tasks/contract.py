@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import HalfbyteError, UnknownNameError
 from ..data.source import Batch, Data
 
-__all__ = ["SIZES", "Carry", "Outcome", "Settings", "Task"]
+__all__ = ["SIZES", "Carry", "Judgment", "Outcome", "Settings", "Task"]
 
 SIZES = ("smoke", "cpu", "full")
 """For tests (seconds), for a desk (under about 40 minutes), and the published setting (for a GPU)."""
@@ -122,6 +123,18 @@ class Outcome(NamedTuple):
     carry: Carry = ()
 
 
+class Judgment(NamedTuple):
+    """What a trained network came to on the test data.
+
+    Attributes:
+        value: the task's metric.
+        further: other measures by name, each in the metric's unit. A record keeps them; no table compares by them.
+    """
+
+    value: float
+    further: Mapping[str, float] = MappingProxyType({})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One thing to learn.
@@ -142,7 +155,7 @@ class Task:
             mode and there is no gradient.
         summarize: (sum of scores, sum of counts) to the metric; or, for a task with `judge`, to `progress_metric`.
         judge: (network, data cut to the settings, settings) to the metric, after the last epoch, where that takes more
-            than a sum. None where `summarize` gives it.
+            than a sum; or to a `Judgment`, which has further measures too. None where `summarize` gives the metric.
         progress_metric: what `summarize` gives; empty for the metric itself.
     """
 
@@ -157,7 +170,7 @@ class Task:
     sizes: Mapping[str, Settings]
     learn: Callable[[nn.Module, Batch, Carry, Settings], Outcome]
     summarize: Callable[[float, int], float]
-    judge: Callable[[nn.Module, Data, Settings], float] | None = None
+    judge: Callable[[nn.Module, Data, Settings], float | Judgment] | None = None
     progress_metric: str = ""
 
     def model_named(self, name: str | None, size: str = "cpu") -> str:
@@ -179,6 +192,28 @@ class Task:
         if size not in self.sizes:
             raise UnknownNameError(f"size of task {self.name!r}", size, self.sizes)
         return self.sizes[size]
+
+    def judged(self, network: nn.Module, data: Data, settings: Settings) -> Judgment | None:
+        """What `judge` says of a network; None for a task without.
+
+        Args:
+            network: in evaluation mode.
+            data: cut to the settings.
+            settings: of the run.
+
+        Raises:
+            HalfbyteError: if it says something else than numbers.
+        """
+        if self.judge is None:
+            return None
+        found = self.judge(network, data, settings)
+        judgment = found if isinstance(found, Judgment) else Judgment(found)
+        if not all(isinstance(number, int | float) for number in (judgment.value, *judgment.further.values())):
+            raise HalfbyteError(
+                f"judge of task {self.name!r} gave {found!r}; it gives a float, or a halfbyte.lab.tasks.Judgment of a "
+                "float and a mapping from names to floats."
+            )
+        return judgment
 
     def load_for(self, folder: Path | None, settings: Settings) -> Data:
         """The data, cut to what a run of those settings learns from and is judged by."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import cast
 
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from ..data import speech
 from ..data.source import Batch, Data
 from ..data.speech import BLANK, CHARACTERS, Utterances
 from ..models.speech import Listener, Recognizer
-from .contract import Carry, Outcome, Settings, Task
+from .contract import Carry, Judgment, Outcome, Settings, Task
 from .vision import classify, percent
 
-__all__ = ["TASKS", "read_off", "word_errors"]
+__all__ = ["TASKS", "character_errors", "read_off", "word_errors"]
 
 
 def _learn(network: nn.Module, batch: Batch, _carry: Carry, _settings: Settings) -> Outcome:
@@ -30,10 +30,7 @@ def _learn(network: nn.Module, batch: Batch, _carry: Carry, _settings: Settings)
     loss = F.ctc_loss(
         logits_NTK.log_softmax(2).transpose(0, 1), said_NS, frames_N, said_N, blank=BLANK, zero_infinity=True
     )
-    wrong = sum(
-        _distance(found, said) for found, said in zip(read_off(logits_NTK, frames_N), _texts(batch), strict=True)
-    )
-    share = 1 - wrong / max(1, int(said_N.sum()))
+    share = 1 - _jiwer().cer(_texts(batch), read_off(logits_NTK, frames_N))
     return Outcome(loss, share * batch.count)
 
 
@@ -52,18 +49,26 @@ def _texts(batch: Batch) -> list[str]:
     return ["".join(CHARACTERS[c] for c in row[:n]) for row, n in zip(said_NS.tolist(), said_N.tolist(), strict=True)]
 
 
-def _distance(a: str, b: str) -> int:
-    """How many characters must be put in, taken out or replaced (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        above, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
-    return row[-1]
-
-
 def word_errors(found: list[str], said: list[str]) -> float:
     """The word error rate by jiwer, in percent.
+
+    Raises:
+        HalfbyteError: if it is not installed.
+    """
+    return 100 * float(_jiwer().wer(said, found))
+
+
+def character_errors(found: list[str], said: list[str]) -> float:
+    """The character error rate by jiwer, in percent; a space between words is a character.
+
+    Raises:
+        HalfbyteError: if it is not installed.
+    """
+    return 100 * float(_jiwer().cer(said, found))
+
+
+def _jiwer() -> ModuleType:
+    """What counts errors.
 
     Raises:
         HalfbyteError: if it is not installed.
@@ -72,14 +77,14 @@ def word_errors(found: list[str], said: list[str]) -> float:
         import jiwer
     except ModuleNotFoundError as error:
         raise HalfbyteError(
-            "Word errors are counted by the package jiwer, which is not installed. Install it with: "
+            "Errors in words and characters are counted by the package jiwer, which is not installed. Install it with: "
             "pip install 'halfbyte[lab]'"
         ) from error
-    return 100 * float(jiwer.wer(said, found))
+    return jiwer
 
 
-def _judge(network: nn.Module, data: Data, settings: Settings) -> float:
-    """The word error rate of the likeliest paths."""
+def _judge(network: nn.Module, data: Data, settings: Settings) -> Judgment:
+    """The word error rate of the likeliest paths, and their character error rate."""
     device = next(network.parameters()).device
     found: list[str] = []
     said: list[str] = []
@@ -87,7 +92,7 @@ def _judge(network: nn.Module, data: Data, settings: Settings) -> float:
         frames_NTF, frames_N = (t.to(device) for t in batch.inputs)
         found += read_off(network(frames_NTF, frames_N), frames_N)
         said += _texts(batch)
-    return word_errors(found, said)
+    return Judgment(word_errors(found, said), {"character error rate": character_errors(found, said)})
 
 
 def _classify(network: nn.Module, batch: Batch, carry: Carry, settings: Settings) -> Outcome:

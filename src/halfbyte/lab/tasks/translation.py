@@ -17,10 +17,13 @@ from ..data import multi30k
 from ..data.multi30k import BOS, EOS, PAD, Pairs
 from ..data.source import Batch, Data
 from ..models.translation import Transformer
-from .contract import Carry, Outcome, Settings, Task
+from .contract import Carry, Judgment, Outcome, Settings, Task
 from .vision import percent
 
 __all__ = ["TASKS", "bleu", "translate"]
+
+_BEAM = 4
+"""How wide Vaswani et al. (Attention Is All You Need, NeurIPS 2017, section 6.1) search."""
 
 
 def _learn(network: nn.Module, batch: Batch, _carry: Carry, settings: Settings) -> Outcome:
@@ -101,7 +104,15 @@ def bleu(found: list[str], expected: list[str]) -> float:
     return float(sacrebleu.corpus_bleu(found, [expected]).score)
 
 
-def _judge(network: nn.Module, data: Data, settings: Settings) -> float:
+def _judge(network: nn.Module, data: Data, settings: Settings) -> Judgment:
+    """BLEU as the settings search, and beside it BLEU of the other search: greedy, or with a beam."""
+    value = _searched(network, data, settings, settings.beam)
+    if settings.beam > 1:
+        return Judgment(value, {"greedy BLEU": _searched(network, data, settings, 1)})
+    return Judgment(value, {f"BLEU with a beam of {_BEAM}": _searched(network, data, settings, _BEAM)})
+
+
+def _searched(network: nn.Module, data: Data, settings: Settings, beam: int) -> float:
     """BLEU of the translations of all sources to judge by."""
     pairs = cast(Pairs, data)
     model = cast(Transformer, network)
@@ -109,7 +120,7 @@ def _judge(network: nn.Module, data: Data, settings: Settings) -> float:
     found: list[str] = []
     expected: list[str] = []
     for batch in pairs.test.batches(settings.test_batch_size):
-        pieces = translate(model, batch.inputs[0].to(device), beam=settings.beam)
+        pieces = translate(model, batch.inputs[0].to(device), beam=beam)
         found += [pairs.text(row) for row in pieces]
         expected += [pairs.text([p for p in row if p not in (PAD, EOS)]) for row in batch.targets[0].tolist()]
     return bleu(found, expected)
