@@ -1,5 +1,6 @@
 """Several recipes, several seeds: the arithmetic of the table, and no run twice."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,11 +9,13 @@ from types import MappingProxyType
 
 import pytest
 
+from halfbyte import distributed
 from halfbyte.errors import HalfbyteError, UnknownNameError
-from halfbyte.lab import record, tasks
+from halfbyte.lab import jobs, record, tasks
 from halfbyte.lab.compare import compare, summarize
 from halfbyte.lab.record import Record
-from halfbyte.lab.run import Interrupted
+from halfbyte.lab.run import Interrupted, Run
+from halfbyte.report.groups import gather
 
 
 def run(recipe: str, seed: int, value: float, **change) -> Record:
@@ -140,6 +143,66 @@ def test_stale_records_run_again(damage, tmp_path, monkeypatch):
     assert len(steps) == 46
     assert ("damaged" if damage else "other code") in notes[0]
     assert record.read(path).sources_sha256 == [record.source_sha256()]
+
+
+def again(folder, code, monkeypatch, stop=None):
+    """The comparison of one run by code of that name, broken off after so many batches; what was noted."""
+
+    def watch(step):
+        if step.done == stop:
+            raise RuntimeError("the power fails")
+
+    monkeypatch.setattr(record, "source_sha256", lambda: code)
+    notes = []
+    asked = {"size": "smoke", "model": "mlp", "out_dir": folder, "progress": watch, "note": notes.append}
+    with pytest.raises(RuntimeError, match="power") if stop else contextlib.nullcontext():
+        compare("digits", ["fp32"], [0], **asked)
+    return " ".join(notes)
+
+
+def test_a_run_that_breaks_off_keeps_the_record_before(tmp_path, monkeypatch):
+    """While a run is under way those of other code lie aside; the note says where, and no report takes them up."""
+    folder = tmp_path / "digits-mlp-smoke-fp32-seed0"
+    again(tmp_path, "one", monkeypatch)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    said = again(tmp_path, "two", monkeypatch, stop=30)
+    assert f"is kept until the new record is written, as last.ckpt.old1 and record.json.old1 in {folder}." in said
+    assert {name: (folder / f"{name}.old1").read_bytes() for name in ("last.ckpt", "record.json")} == before
+    with pytest.raises(HalfbyteError, match="No record was found"):
+        gather([tmp_path])
+
+
+def test_a_checkpoint_of_other_code_is_kept_beside_an_earlier_record(tmp_path, monkeypatch):
+    """Two runs that break off one after the other leave the record before them and the first one's checkpoint."""
+    folder = tmp_path / "digits-mlp-smoke-fp32-seed0"
+    again(tmp_path, "one", monkeypatch)
+    done = (folder / "record.json").read_bytes()
+    again(tmp_path, "two", monkeypatch, stop=30)
+    half = (folder / "last.ckpt").read_bytes()
+    again(tmp_path, "three", monkeypatch, stop=10)
+    assert (folder / "record.json.old1").read_bytes() == done
+    assert (folder / "last.ckpt.old2").read_bytes() == half
+
+
+def test_what_lay_aside_goes_once_the_new_record_is_there(tmp_path, monkeypatch):
+    """A run that went on to its end leaves its own record and checkpoint alone, and what others put into its folder."""
+    folder = tmp_path / "digits-mlp-smoke-fp32-seed0"
+    again(tmp_path, "one", monkeypatch)
+    again(tmp_path, "two", monkeypatch, stop=30)
+    (folder / "notes.old1").write_text("mine")
+    assert "went on from its checkpoint" in again(tmp_path, "two", monkeypatch)
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", "record.json", "notes.old1"}
+    assert record.read(folder / "record.json").sources_sha256 == ["two"]
+
+
+def test_one_of_several_processes_sets_aside(tmp_path, monkeypatch):
+    """A rank other than the first renames nothing: the first does it for all."""
+    (tmp_path / "record.json").write_text("{}")
+    fp32 = Run(task="digits", recipe="fp32", seed=0)
+    for rank, name in ((1, "record.json"), (0, "record.json.old1")):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        jobs._set_aside(fp32, tmp_path, lambda _: None)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("damage", [False, True])

@@ -121,7 +121,8 @@ def compare(
     """Runs every recipe with every seed.
 
     A run whose record is already in ``out_dir`` and was made by the same code, torch, machine and settings is not
-    repeated; an interrupted one goes on. A record or checkpoint of anything else is replaced, and ``note`` told.
+    repeated; an interrupted one goes on. A record or checkpoint of anything else is set aside in its folder until the
+    new record is written, and ``note`` told where.
 
     Args:
         task: a name in `halfbyte.lab.tasks.TASKS`, or ``module:task`` for one of your own.

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,7 @@ def finish(run: Run, folder: Path | None, how: Circumstances, progress: Progress
     done = ranks.first(done_already(run, folder, how, note))
     if done is not None:
         return done
+    result: Record | None = None
     if ranks.first(checkpoint.path_in(folder).exists() and not (folder / RECORD_NAME).exists()):
         try:
             result = go(resume=folder)
@@ -86,11 +88,36 @@ def finish(run: Run, folder: Path | None, how: Circumstances, progress: Progress
             note(f"{run.name} starts over: {error}")
         else:
             note(f"{run.name} went on from its checkpoint.")
-            return result
+    if result is None:
+        _set_aside(run, folder, note)
+        result = go(out_dir=folder)
     if distributed.rank() == 0:
-        for stale in (folder / RECORD_NAME, folder / PROGRESS_NAME, checkpoint.path_in(folder)):
-            stale.unlink(missing_ok=True)
-    return go(out_dir=folder)
+        for earlier in _aside(folder):
+            earlier.unlink(missing_ok=True)
+    return result
+
+
+def _set_aside(run: Run, folder: Path, note: Note) -> None:
+    """Renames what is in a run's folder so that nobody takes it for this run's: ``record.json.old1`` and so on.
+
+    It may be hours of work, of code to which somebody returns, and this run has nothing yet to put in its place.
+    """
+    if distributed.rank() != 0:
+        return
+    number = 1 + max((int(path.suffix.removeprefix(".old")) for path in _aside(folder)), default=0)
+    # The record goes last: without it a finished run's checkpoint would pass for that of an interrupted one.
+    names = [name for name in (checkpoint.path_in(folder).name, PROGRESS_NAME, RECORD_NAME) if (folder / name).exists()]
+    for name in names:
+        (folder / name).rename(folder / f"{name}.old{number}")
+    if names:
+        kept = " and ".join(f"{name}.old{number}" for name in names)
+        note(f"{run.name}: what was there is kept until the new record is written, as {kept} in {folder}.")
+
+
+def _aside(folder: Path) -> list[Path]:
+    """What `_set_aside` has put aside in a run's folder, in all its calls."""
+    names = "|".join(map(re.escape, (RECORD_NAME, PROGRESS_NAME, checkpoint.path_in(folder).name)))
+    return [path for path in folder.glob("*.old*") if re.fullmatch(rf"({names})\.old[0-9]+", path.name)]
 
 
 def done_already(run: Run, folder: Path, how: Circumstances, note: Note, threads: int | None = None) -> Record | None:
