@@ -95,6 +95,12 @@ def test_time_is_compared_between_equal_machines_and_sources_only(change):
     assert summarize("digits", ["fp32", "ibm2020"], [*BASE, *other]).summary["ibm2020"].time_ratio is None
 
 
+def test_time_is_compared_across_versions_of_what_judges():
+    """Another version of a package that only counts errors leaves the time ratio."""
+    other = [dataclasses.replace(r, versions={"jiwer": "4"}) for r in FOUR]
+    assert summarize("digits", ["fp32", "ibm2020"], [*BASE, *other]).summary["ibm2020"].time_ratio == 3.0
+
+
 def test_json_is_what_was_promised(tmp_path):
     """The file has exactly task, metric, runs of (recipe, seed, value), and mean, std, gap for each recipe."""
     summarize("digits", ["fp32", "ibm2020"], [*BASE, *FOUR]).write(tmp_path / "new" / "c.json")
@@ -125,6 +131,25 @@ def test_finished_runs_are_not_repeated(tmp_path):
         "digits-mlp-smoke-ibm2020-seed0",
     ]
     assert again == first
+
+
+def test_a_run_is_made_again_under_another_version_of_its_task_s_packages(tmp_path, monkeypatch):
+    """A record counts as done while the packages that its task names have its versions, whatever becomes of others."""
+    digits = dataclasses.replace(tasks.get("digits"), packages=("jiwer",))
+    monkeypatch.setattr(tasks, "TASKS", {"digits": digits})
+    installed = {"halfbyte": "1", "jiwer": "4", "sacrebleu": "2"}
+    monkeypatch.setattr(record, "_installed", installed.get)
+    compare("digits", ["fp32"], [0], size="smoke", model="mlp", out_dir=tmp_path)
+    asked = Run(task="digits", recipe="fp32", seed=0, size="smoke", model="mlp")
+
+    def done():
+        return jobs.done_already(asked, tmp_path / asked.name, jobs.Circumstances(), lambda _: None)
+
+    assert done().versions["jiwer"] == "4"
+    installed["sacrebleu"] = "3"
+    assert done() is not None
+    installed["jiwer"] = "5"
+    assert done() is None
 
 
 @pytest.mark.parametrize("damage", [False, True])

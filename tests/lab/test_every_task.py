@@ -1,12 +1,13 @@
 """Every task runs from its files to its record under every recipe, on data in miniature."""
 
+import importlib.metadata
 import math
 
 import pytest
 
 from halfbyte import RECIPES
 from halfbyte.errors import HalfbyteError
-from halfbyte.lab import tasks
+from halfbyte.lab import record, tasks
 from halfbyte.lab.compare import compare
 from halfbyte.lab.trainer import train
 from lab import mini_language, mini_speech, mini_translation, mini_vision
@@ -40,6 +41,24 @@ def test_all_recipes_end_to_end(task, tmp_path, monkeypatch):
         assert math.isfinite(done.value)
         assert (done.task, done.size, done.metric) == (task, "smoke", tasks.get(task).metric)
         assert any(done.recipe in line for line in done.layers), done.recipe
+
+
+@pytest.mark.parametrize(
+    ("task", "packages", "further"),
+    [
+        ("an4", ["jiwer"], ["character error rate"]),
+        ("multi30k", ["sacrebleu", "tokenizers"], ["BLEU with a beam of 4"]),
+        ("ptb", [], []),
+    ],
+)
+def test_the_record_says_what_else_counted(task, packages, further, tmp_path, monkeypatch):
+    """A record has the versions of the packages that its data and metric are computed by, and the second metric."""
+    FILES[task].write(tmp_path, monkeypatch)
+    done = train(task, "fp32", 0, size="smoke", data_dir=tmp_path)
+    named = {name: importlib.metadata.version(name) for name in packages}
+    assert done.versions == record.versions() | named
+    assert list(done.further) == further
+    assert all(math.isfinite(number) for number in done.further.values())
 
 
 @pytest.mark.parametrize("task", FILES)

@@ -161,6 +161,12 @@ def test_part_of_a_run_is_no_record(done, tmp_path):
         record.read_partial(tmp_path / "record.json")
 
 
+def test_versions_of_further_packages():
+    """Packages that are named stand beside halfbyte, torch and Python, and say so where they are not installed."""
+    found = record.versions(("pytest", "no-such-package"))
+    assert found == record.versions() | {"pytest": pytest.__version__, "no-such-package": "not installed"}
+
+
 def test_a_peak_is_forgotten():
     """256 MiB that were freed no longer count after `forget_peak` where it says that it can do that, and only there."""
     torch.ones(256 << 20, dtype=torch.uint8)

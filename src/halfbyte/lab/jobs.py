@@ -26,7 +26,7 @@ import torch
 
 from .. import distributed, kernels
 from ..errors import HalfbyteError
-from . import checkpoint, ranks, record
+from . import checkpoint, ranks, record, tasks
 from .guard import signals
 from .record import Record, RecordError
 from .run import PROGRESS_NAME, RECORD_NAME, DivergedError, Interrupted, Progress, Run, Step
@@ -144,7 +144,7 @@ def done_already(run: Run, folder: Path, how: Circumstances, note: Note, threads
     if (
         all(getattr(done, key) == identity[key] for key in identity)
         and done.sources_sha256 == [record.source_sha256()]
-        and done.versions == record.versions()
+        and done.versions == record.versions(tasks.get(run.task).packages)
         and done.machine == machine
     ):
         note(f"{run.name} is done already; its record is used.")

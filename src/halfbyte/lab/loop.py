@@ -376,7 +376,7 @@ class Loop:
             conventions=run.identity["conventions"],
             commit=self.commit,
             sources_sha256=at.sources,
-            versions=record.versions(),
+            versions=record.versions(task.packages),
             machine=record.machine(accelerator, kernels.describe(self.backend)) | ranks.described(self.strategy),
         )
 

@@ -19,7 +19,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -103,7 +103,7 @@ class Record:
             module that holds a task or recipe of one's own, by ``module NAME``; empty in schema 1.
         commit: git revision and whether the package differed from it; both None outside a checkout.
         sources_sha256: fingerprints of the code that ran: one, or more where a run was resumed by other code.
-        versions: of halfbyte, torch and Python.
+        versions: of halfbyte, torch, Python, and the packages that the task names.
         machine: accelerator, backend, processor, cores, threads and platform.
     """
 
@@ -258,13 +258,21 @@ def _record(content: dict[str, Any], schema: int, path: Path) -> Record:
         raise RecordError(f"{path} is damaged: {error} Delete it and run again.") from error
 
 
-def versions() -> dict[str, str]:
-    """Versions of halfbyte, torch and Python."""
+def versions(packages: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of halfbyte, torch, Python, and of further packages; ``"not installed"`` where one is not.
+
+    Args:
+        packages: those that a result depends on too, such as what computes its metric.
+    """
+    own = {name: _installed(name) for name in ("halfbyte", *packages)}
+    return {**own, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _installed(package: str) -> str:
     try:
-        own = importlib.metadata.version("halfbyte")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        own = "not installed"
-    return {"halfbyte": own, "torch": torch.__version__, "python": platform.python_version()}
+        return "not installed"
 
 
 def machine(accelerator: str = "cpu", backend: str = "reference") -> dict[str, Any]:

@@ -157,6 +157,8 @@ class Task:
         judge: (network, data cut to the settings, settings) to the metric, after the last epoch, where that takes more
             than a sum; or to a `Judgment`, which has further measures too. None where `summarize` gives the metric.
         progress_metric: what `summarize` gives; empty for the metric itself.
+        packages: what else its data or its metric is computed by, as ``pip`` names it. A record holds their versions,
+            and a comparison makes a run again whose versions have changed.
     """
 
     name: str
@@ -172,6 +174,7 @@ class Task:
     summarize: Callable[[float, int], float]
     judge: Callable[[nn.Module, Data, Settings], float | Judgment] | None = None
     progress_metric: str = ""
+    packages: tuple[str, ...] = ()
 
     def model_named(self, name: str | None, size: str = "cpu") -> str:
         """The name of a network of this task: the one asked for, or the default of that size for None.

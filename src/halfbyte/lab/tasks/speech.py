@@ -152,6 +152,7 @@ TASKS = (
         summarize=percent,
         judge=_judge,
         progress_metric="character accuracy",
+        packages=("jiwer",),
     ),
     Task(
         name="fsdd",

@@ -176,5 +176,6 @@ TASKS = (
         summarize=percent,
         judge=_judge,
         progress_metric="piece accuracy",
+        packages=("sacrebleu", "tokenizers"),
     ),
 )
