@@ -200,6 +200,50 @@ def test_torchrun_trains_by_the_command(tmp_path: Path) -> None:
     assert record.read(tmp_path / "run" / "record.json").machine["world_size"] == 2
 
 
+WRITES_TOLD = """
+import sys
+from pathlib import Path
+
+from halfbyte import distributed
+from halfbyte.cli import main
+from halfbyte.lab import record
+
+write = record.write
+
+
+def told(done, path):
+    with Path("writes.txt").open("a") as file:
+        file.write(f"{distributed.rank()} {path}\\n")
+    write(done, path)
+
+
+record.write = told
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_torchrun_compares_by_the_command(tmp_path: Path) -> None:
+    """Two processes share each run of a comparison and write its record once; a second call trains nothing."""
+    (tmp_path / "told.py").write_text(WRITES_TOLD)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["compare", "digits", "--recipes", "fp32,ibm2020", "--seeds", "1", "--model", "mlp", "--size", "smoke"]
+    records = [Path("runs") / f"digits-mlp-smoke-{name}-seed0" / "record.json" for name in ("fp32", "ibm2020")]
+    written = []
+    for start in (["told.py"], ["-m", "halfbyte"]):
+        done = subprocess.run(
+            [*torchrun, *start, *words], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("accuracy on the test data") == 1
+        assert done.stdout.count("is done already; its record is used.") == (0 if start == ["told.py"] else 2)
+        written.append([(path.stat().st_ino, path.read_bytes()) for path in map(tmp_path.joinpath, records)])
+    assert (tmp_path / "writes.txt").read_text().splitlines() == [f"0 {path}" for path in records]
+    assert written[0] == written[1]
+    assert [record.read(tmp_path / path).machine["world_size"] for path in records] == [2, 2]
+
+
 def test_a_strategy_without_company_is_refused() -> None:
     """One process alone cannot share its work, and a strategy that does not exist is named."""
     with pytest.raises(HalfbyteError, match=r"but this process trains alone.*Start several: torchrun"):
