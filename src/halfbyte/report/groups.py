@@ -12,6 +12,7 @@ from ..errors import HalfbyteError
 from ..lab import tasks
 from ..lab.compare import Comparison, summarize
 from ..lab.record import Record, RecordError, read
+from .provenance import machine, revision
 
 __all__ = ["Group", "gather", "groups"]
 
@@ -68,13 +69,12 @@ class Group:
     @property
     def commits(self) -> list[str]:
         """The revisions that ran, shortened, and whether the package differed from them."""
-        told = (r.commit for r in self.records)
-        return sorted({f"{str(c['revision'])[:7]}{' with changes' if c['dirty'] else ''}" for c in told})
+        return sorted({revision(r) for r in self.records})
 
     @property
     def machines(self) -> list[str]:
         """Processors, threads, torch and backend."""
-        return sorted({_machine(r) for r in self.records})
+        return sorted({machine(r) for r in self.records})
 
     @property
     def changed(self) -> list[str]:
@@ -140,12 +140,3 @@ def groups(records: Sequence[Record]) -> list[Group]:
         )
         for alike in together
     ]
-
-
-def _machine(record: Record) -> str:
-    where = record.machine
-    threads = where.get("threads", 1)
-    counted = "one thread" if threads == 1 else f"{threads} threads"
-    return (
-        f"{where.get('cpu')}, {counted}, torch {record.versions['torch']}, backend {where.get('backend', 'reference')}"
-    )
