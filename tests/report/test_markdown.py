@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -9,7 +10,8 @@ from halfbyte.cli import main
 from halfbyte.errors import HalfbyteError
 from halfbyte.lab import record
 from halfbyte.lab.record import Record
-from halfbyte.report import groups, markdown
+from halfbyte.report import groups, markdown, provenance
+from halfbyte.report.paper import PAPER, beside
 
 BASE = Record(
     task="ptb", recipe="fp32", seed=0, size="cpu", model="lstm-200", metric="perplexity", value=100.0,
@@ -36,32 +38,78 @@ def page(tmp_path, records=RECORDS) -> str:
     return (tmp_path / "results.md").read_text()
 
 
-def row(text: str, recipe: str) -> list[str]:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| `{recipe}` |")]
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def row(text: str, recipe: str) -> dict[str, str]:
+    """The cells of a recipe's row by the heads of their columns, in the only table that has recipes."""
+    lines = text.splitlines()
+    (place,) = [place for place, line in enumerate(lines) if line.startswith("| recipe |")]
+    (line,) = [line for line in lines[place:] if line.startswith(f"| `{recipe}` |")]
+    heads, cells = ([cell.strip() for cell in one.strip("|").split("|")] for one in (lines[place], line))
+    return dict(zip(heads, cells, strict=True))
 
 
-def test_gap_beside_gap(tmp_path):
-    """Mean, deviation and gap are of the seeds, the interval of three pairs, and the paper's gap stands beside it."""
-    text = page(tmp_path)
-    assert row(text, "fp32") == ["`fp32`", "3", "101.00 ± 1.00", "", "", "", "1.00×", "1.00×"]
-    assert row(text, "ibm2020") == [
-        "`ibm2020`",
-        "3",
-        "104.00 ± 1.00",
-        "+3.00",
-        "+3.00 to +3.00",
-        "+2.00",
-        "2.00×",
-        "0.25×",
-    ]
-    assert row(text, "ibm2020_dw_fp8")[3:6] == ["-0.75", "", "+0.50"]
+def test_gap_beside_gap():
+    """Mean, deviation and gap are of the seeds, the interval of three pairs, and the paper's value and gap beside."""
+    text = markdown.text(RECORDS)
+    assert row(text, "fp32") == {
+        "recipe": "`fp32`",
+        "perplexity": "101.00 ± 1.00",
+        "gap": "",
+        "95 % interval": "",
+        "paper (gap)": "83.3",
+        "kept": "1.00×",
+        "runs": "seeds 0 to 2 at 0123456",
+    }
+    assert row(text, "ibm2020") == {
+        "recipe": "`ibm2020`",
+        "perplexity": "104.00 ± 1.00",
+        "gap": "+3.00",
+        "95 % interval": "+3.00 to +3.00",
+        "paper (gap)": "85.3 (+2.0)",
+        "kept": "0.25×",
+        "runs": "seeds 0 to 2 at 0123456",
+    }
+    one = row(text, "ibm2020_dw_fp8")
+    assert [one[head] for head in ("gap", "95 % interval", "paper (gap)")] == ["-0.75", "", "83.8 (+0.5)"]
+
+
+def test_empty_columns_are_left_out():
+    """One seed has no interval, and a task that the paper has not has no column of the paper's."""
+    text = markdown.text([of("fp32", 100.0, task="digits"), of("luq", 101.0, task="digits")])
+    assert list(row(text, "luq")) == ["recipe", "perplexity", "gap", "kept", "runs"]
+    assert "The paper's tables" not in text
+
+
+def test_second_metrics_stand_beside_the_first():
+    """Each has a column with mean, deviation and gap; where not every run of a row has it there is no gap."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Measured(Record):
+        further: dict[str, float]
+
+    def run(recipe: str, value: float, seed: int, **further: float) -> Record:
+        return Measured(**{**vars(of(recipe, value, seed)), "further": further})
+
+    text = markdown.text(
+        [
+            *(run("fp32", 100.0, seed, letters=10.0 + seed) for seed in range(2)),
+            *(run("luq", 101.0, seed, letters=12.0 + 2 * seed) for seed in range(2)),
+            run("bf16", 100.0, 0, letters=9.0),
+            run("bf16", 100.0, 1),
+            of("int8", 100.0),
+        ]
+    )
+    assert {name: row(text, name)["letters"] for name in ("fp32", "luq", "bf16", "int8")} == {
+        "fp32": "10.50 ± 0.71",
+        "luq": "13.00 ± 1.41 (+2.50)",
+        "bf16": "9.00 (1 of 2 runs)",
+        "int8": "",
+    }
 
 
 def test_worse_than_the_paper_is_said(tmp_path):
     """A gap beyond the paper's is named with both numbers; one within it is not."""
     text = page(tmp_path)
-    assert "Worse than the paper's gap: `ibm2020` (+3.00 here, +2.00 there)." in text
+    assert "Worse than the paper's gap: `ibm2020` (+3.00 here, +2.0 there)." in text
     assert "Worse" not in page(tmp_path, [r for r in RECORDS if r.recipe != "ibm2020"])
 
 
@@ -76,12 +124,77 @@ def test_higher_is_better_turns_the_sign(tmp_path):
     assert "`ibm2020_dw_fp8` (" not in text
 
 
-def test_every_group_says_how_it_was_made(tmp_path):
-    """Command, commits, seeds, machine and backend are from the records; a changed tree is said to be one."""
-    text = page(tmp_path, [*RECORDS, of("luq", 101.0, commit={"revision": "fedcba9876", "dirty": True})])
-    asked = "halfbyte compare ptb --recipes fp32,ibm2020,ibm2020_dw_fp8,luq --seeds 3 --size cpu --model lstm-200"
-    circumstances = "one, one thread, torch 2.13.0, backend native (avx512)"
-    assert f"`{asked}` at 0123456, fedcba9 with changes; seeds 0, 1, 2; {circumstances}" in text
+def test_every_group_says_how_it_was_made():
+    """A row has its seeds and commits; command, machine and backend stand below the table once, where all agree."""
+    command = "halfbyte train ptb --recipe {} --seed {} --size cpu --model lstm-200"
+    told = [dataclasses.replace(r, command=command.format(r.recipe, r.seed).split()) for r in RECORDS]
+    later = {"command": command.format("luq", 7).split(), "commit": {"revision": "fedcba9876", "dirty": True}}
+    text = markdown.text([*told, of("luq", 101.0, 7, **later)])
+    assert row(text, "ibm2020")["runs"] == "seeds 0 to 2 at 0123456"
+    assert row(text, "luq")["runs"] == "seed 7 at fedcba9 with changes"
+    machine = "one, one thread, torch 2.13.0, backend native (avx512)"
+    assert f"A run again, at its commit: `{command.format('RECIPE', 'SEED')}`. Machine: {machine}.\n" in text
+
+
+def test_another_machine_is_told_of_its_rows():
+    """The machine of most runs stands first; the others with the recipes, or the seeds, that ran there."""
+    other = {"machine": {"cpu": "two", "threads": 4}}
+    text = markdown.text([*RECORDS, of("luq", 101.0, **other), of("ibm2020_dw_fp8", 101.0, 1, **other)])
+    first = "one, one thread, torch 2.13.0, backend native (avx512)"
+    where = "two, 4 threads, torch 2.13.0, backend reference"
+    assert f"Machine: {first}; for `luq`, `ibm2020_dw_fp8` (seed 1) {where}.\n" in text
+
+
+def test_a_record_without_a_command_promises_none():
+    """Where records hold no command, none is printed."""
+    assert "A run again" not in markdown.text(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "seeds 0, 2, 3 at 0123456"),
+        ({"commit": {"revision": "fedcba9876", "dirty": False}}, "seeds 0, 3 at 0123456; seed 2 at fedcba9"),
+        ({"commit": {"revision": None, "dirty": None}}, "seeds 0, 3 at 0123456; seed 2 at sources a"),
+        ({"sources_sha256": ["a", "b"]}, "seeds 0, 3 at 0123456; seed 2 at 0123456 begun by other code"),
+    ],
+    ids=["all alike", "another commit", "no checkout", "resumed"],
+)
+def test_runs_by_commit(changes, told):
+    """Seeds stand with the commit that ran them, and what is not that commit alone says so."""
+    assert provenance.runs([of("luq", 1.0, 3), of("luq", 1.0, 0), of("luq", 1.0, 2, **changes)]) == told
+
+
+def test_times_are_not_on_the_page():
+    """A recipe that took twice as long shows it nowhere, and the page says where speed is measured."""
+    text = markdown.text(RECORDS)
+    assert "2.00×" not in text
+    assert "docs/performance.md" in text
+
+
+def test_the_row_beside_is_the_networks_own():
+    """A network that the paper trained stands beside itself, another beside the nearest, and the page says which."""
+    found = {"task": "cifar10", "metric": "accuracy", "higher_is_better": True}
+    for model, cell, said in (
+        ("resnet50", "93.42 (-1.28)", "The paper's row: ResNet-50, CIFAR-10."),
+        ("resnet20", "92.74 (-0.27)", "The paper's nearest row: ResNet-18, CIFAR-10."),
+    ):
+        text = markdown.text([of(name, 90.0, model=model, **found) for name in ("fp32", "ibm2020")])
+        assert row(text, "ibm2020")["paper (gap)"] == cell
+        assert said in text
+    assert beside("digits", "resnet18") is None
+
+
+def test_the_papers_tables_say_what_we_ran():
+    """All its networks stand at the end, those of records are named, and where there are none the page says that."""
+    fp32 = of("fp32", 90.0, task="cifar10", model="resnet20")
+    _, text = markdown.text([fp32]).split("## The paper's tables")
+    assert all(f"| {published.what} |" in text for published in PAPER)
+    assert "We ran none of these networks" in text
+    _, text = markdown.text([fp32, dataclasses.replace(fp32, model="vgg16")]).split("## The paper's tables")
+    assert "Of these networks we ran VGG-16, CIFAR-10, and not the others." in text
+    resnet50 = "94.70 | 94.34 (-0.36) | 93.42 (-1.28) | 93.77 (-0.93) | 94.03 (-0.67) | 94.36 (-0.34) |"
+    assert f"| ResNet-50, CIFAR-10 | accuracy (%) | {resnet50}" in text
 
 
 def test_groups_stand_apart(tmp_path):
@@ -92,8 +205,16 @@ def test_groups_stand_apart(tmp_path):
     assert [path.name for path in written] == ["results.md", *(f"ptb-lstm-200-{name}.svg" for name in names)]
     text = (tmp_path / "results.md").read_text()
     assert text.count("## ptb: lstm-200") == 4
-    assert "--model lstm-200 --stash int4`" in text
-    assert "--model lstm-200 --fine-tune 2`" in text
+    for figure in written[1:]:
+        assert f"(results/{figure.name})" in text
+
+
+def test_a_groups_command_tells_what_sets_it_apart():
+    """The command that makes a group again names all its recipes, stash and fine-tuning, and seeds up to its last."""
+    records = [of(name, 90.0, seed, stash="int4", fine_tune=2) for name in ("fp32", "luq") for seed in (0, 3)]
+    (group,) = groups.groups(records)
+    asked = "halfbyte compare ptb --recipes fp32,luq --seeds 4 --size cpu --model lstm-200 --stash int4 --fine-tune 2"
+    assert group.command == asked
 
 
 def test_remarks_follow_their_task(tmp_path):
@@ -107,6 +228,18 @@ def test_remarks_follow_their_task(tmp_path):
     assert text.count("A reason.") == 1
     assert text.index("## ptb: lstm-650") < text.index("A reason.")
     assert text.index("## digits") < text.index("A reason.")
+
+
+def test_the_published_page_is_that_of_its_records(repository):
+    """docs/results.md is what `halfbyte report` makes of experiments/records, and its figures are those that it names.
+
+    A figure's lines depend on the version of matplotlib, so only its name is compared.
+    """
+    folder, published = repository / "experiments" / "records", repository / "docs" / "results.md"
+    again = markdown.text(groups.gather([folder]), markdown.remarks([folder]))
+    assert published.read_text(encoding="utf-8") == again, "run: halfbyte report experiments/records -o docs/results.md"
+    named = set(re.findall(r"\(results/([\w.-]+\.svg)\)", again))
+    assert {path.name for path in published.with_suffix("").iterdir()} == named
 
 
 def test_the_same_records_give_the_same_files(tmp_path):

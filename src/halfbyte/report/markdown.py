@@ -6,53 +6,22 @@ size and machine along.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import HalfbyteError
 from ..files import whole, write_text
 from ..lab import tasks
-from ..lab.compare import Comparison, Summary
+from ..lab.compare import Comparison
 from ..lab.record import Record
 from ..own import is_own
 from .groups import Group, groups
+from .paper import PAPER, Published, beside
+from .provenance import command, machine, runs, shared
 
-__all__ = ["PAPER", "Published", "remarks", "write"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """A row of the paper's tables: what it trained, and what came of it by our recipes' names.
-
-    Attributes:
-        what: network and data.
-        values: the metric by recipe.
-    """
-
-    what: str
-    values: Mapping[str, float]
-
-    def gap(self, recipe: str) -> float | None:
-        """The recipe's value minus that of fp32; None where the paper has none."""
-        return self.values[recipe] - self.values["fp32"] if recipe in self.values and recipe != "fp32" else None
-
-
-def _published(what: str, fp32: float, forward: float | None, ibm: float, dw_fp8: float) -> Published:
-    values = {"fp32": fp32, "ibm2020": ibm, "ibm2020_dw_fp8": dw_fp8}
-    return Published(what=what, values=values if forward is None else values | {"int4_forward_only": forward})
-
-
-PAPER: Mapping[str, Published] = MappingProxyType(
-    {
-        "cifar10": _published("ResNet-18, CIFAR-10", 93.01, 92.97, 92.74, 92.76),
-        "ptb": _published("2-layer LSTM, Penn Treebank", 83.3, None, 85.3, 83.8),
-        "multi30k": _published("Transformer-base, WMT En-De", 27.5, None, 25.4, 25.9),
-        "an4": _published("4-layer bidirectional LSTM, SWB300", 9.9, None, 11.3, 10.4),
-    }
-)
-"""Sun et al., NeurIPS 2020, tables 1 and 3: the row that comes nearest to each task of ours."""
+__all__ = ["remarks", "text", "write"]
 
 
 def remarks(paths: Sequence[Path]) -> dict[str, str]:
@@ -80,53 +49,78 @@ def write(records: Sequence[Record], path: Path, said: Mapping[str, str] = Mappi
     Raises:
         HalfbyteError: if none of the records is of a task of this version, or matplotlib is not installed.
     """
-    found = groups([r for r in records if r.task in tasks.TASKS or is_own(r.task)])
+    content = text(records, said)
+    figures = {path.parent / _figure(group): group for group in _shown(records)}
+    for figure, group in figures.items():
+        _draw(group, figure)
+    write_text(path, content)
+    return [path, *figures]
+
+
+def text(records: Sequence[Record], said: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The page alone, as `write` writes it.
+
+    Args:
+        records: as for `write`.
+        said: as for `write`.
+
+    Raises:
+        HalfbyteError: if none of the records is of a task of this version.
+    """
+    found = _shown(records)
     if not found:
         raise HalfbyteError(f"None of the {len(records)} records is of a task that this version has.")
-    figures = path.parent / "results"
-    written = [path]
+    last = {group.task: group for group in found}
     parts = [_HEAD]
     for group in found:
-        figure = figures / f"{group.name}.svg"
-        _draw(group, figure)
-        written.append(figure)
-        parts.append(_section(group, f"results/{figure.name}"))
-        if group.task in said and group is [g for g in found if g.task == group.task][-1]:
+        parts.append(_section(group))
+        if group.task in said and group is last[group.task]:
             parts.append(f"{said[group.task]}\n")
-    write_text(path, "\n".join(parts))
-    return written
+    if any(beside(group.task, group.model) for group in found):
+        parts.append(_papers_tables({(group.task, group.model) for group in found}))
+    return "\n".join(parts)
+
+
+def _shown(records: Sequence[Record]) -> list[Group]:
+    return groups([r for r in records if r.task in tasks.TASKS or is_own(r.task)])
+
+
+def _figure(group: Group) -> str:
+    return f"results/{group.name}.svg"
 
 
 _HEAD = """# Results
 
 Every number here is from a record; `halfbyte report` makes this page of them. A gap is a recipe's mean minus that of
-`fp32`, trained from the same initial weights on the same batches. The paper is Sun et al., NeurIPS 2020, tables 1 and
-3; where our network or data is not its own, compare gaps and not values. No epoch is chosen by its result: the last
-one counts.
+`fp32`, trained from the same initial weights on the same batches. No epoch is chosen by its result: the last one
+counts. The paper is Sun et al., NeurIPS 2020, tables 1 and 3: its value stands beside ours, the gap to its own FP32 in
+brackets. Where our network or data is not its own, compare gaps and not values.
+
+What is kept for the backward pass is a multiple of the baseline's. The last column names the runs of a row, by their
+seeds and the commit of the code. Rows of different commits may differ in more than their recipes.
+
+How long a run took is not here: it says above all what else the machine did meanwhile. Speed is measured side by side,
+in one process (docs/performance.md).
 """
 
 
-def _section(group: Group, figure: str) -> str:
+def _section(group: Group) -> str:
     """One group: its table, its curves, and how it was made."""
     # A record says how its task is judged: one of somebody's own is not imported to look at its results.
-    first, result, paper = group.records[0], group.comparison, PAPER.get(group.task)
+    first, result, paper = group.records[0], group.comparison, beside(group.task, group.model)
     known = tasks.TASKS.get(group.task)
-    unit = f" ({first.unit})" if first.unit else ""
     better = "higher" if first.higher_is_better else "lower"
-    head = ["recipe", "seeds", f"{first.metric}{unit}", "gap", "95 % interval", "paper's gap", "time", "kept"]
     lines = [
         f"## {group.task}: {group.model}, size {group.size}"
         + (f", stash {group.stash}" if group.stash else "")
         + (f", {group.fine_tune} epochs of fine-tuning" if group.fine_tune else "")
         + "\n",
         f"{known.description if known else 'A task of its own, not one of halfbyte.'} {better.capitalize()} is better."
-        + (f" The paper's row: {paper.what}, {paper.values['fp32']:g} in FP32." if paper else "")
+        + (f" The paper's {'' if paper.model == group.model else 'nearest '}row: {paper.what}." if paper else "")
         + "\n",
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
-        *(_row(name, entry, result, paper) for name, entry in result.summary.items()),
+        *_table(group, result, paper),
         "",
-        f"![Curves of {group.name}]({figure})\n",
+        f"![Curves of {group.name}]({_figure(group)})\n",
         _worse(result, paper, higher=first.higher_is_better),
         _made(group),
         "",
@@ -134,25 +128,58 @@ def _section(group: Group, figure: str) -> str:
     return "\n".join(line for line in lines if line is not None)
 
 
-def _row(name: str, entry: Summary, result: Comparison, paper: Published | None) -> str:
-    """One recipe's row."""
-    seeds = sum(r.recipe == name for r in result.records)
-    if entry.mean is None:
-        return f"| `{name}` | 0 | diverged | | | | | |"
-    gap = "" if entry.gap is None or name == result.baseline else f"{entry.gap:+.2f}"
-    interval = f"{entry.paired.low:+.2f} to {entry.paired.high:+.2f}" if entry.paired else ""
-    published = None if paper is None else paper.gap(name)
-    cells = [
-        f"`{name}`",
-        str(seeds),
-        f"{entry.mean:.2f}" + (f" ± {entry.std:.2f}" if seeds > 1 else ""),
-        gap,
-        interval,
-        "" if published is None else f"{published:+.2f}",
-        "" if entry.time_ratio is None else f"{entry.time_ratio:.2f}×",
-        "" if entry.saved_bytes_ratio is None else f"{entry.saved_bytes_ratio:.2f}×",
-    ]
-    return f"| {' | '.join(cells)} |"
+def _table(group: Group, result: Comparison, paper: Published | None) -> list[str]:
+    """The lines of a table: a row for each recipe. A column that would be empty in every row is left out."""
+    of = {name: [r for r in result.records if r.recipe == name] for name in result.summary}
+    first, base = group.records[0], of[result.baseline]
+    unit = f" ({first.unit})" if first.unit else ""
+    others = dict.fromkeys(name for r in group.records for name in _further(r))
+    columns: dict[str, list[str]] = {
+        "recipe": [f"`{name}`" for name in of],
+        f"{first.metric}{unit}": [_mean([r.value for r in own]) for own in of.values()],
+        "gap": [
+            "" if entry.gap is None or name == result.baseline else f"{entry.gap:+.2f}"
+            for name, entry in result.summary.items()
+        ],
+        "95 % interval": [
+            f"{entry.paired.low:+.2f} to {entry.paired.high:+.2f}" if entry.paired else ""
+            for entry in result.summary.values()
+        ],
+        **{other: [_other(other, own, base) for own in of.values()] for other in others},
+        "paper (gap)": ["" if paper is None else paper.cell(name) for name in of],
+        "kept": [
+            "" if entry.saved_bytes_ratio is None else f"{entry.saved_bytes_ratio:.2f}×"
+            for entry in result.summary.values()
+        ],
+        "runs": [runs(own) for own in of.values()],
+    }
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    rows = zip(*columns.values(), strict=True)
+    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _mean(values: Sequence[float]) -> str:
+    """The mean, and from two values on the sample standard deviation."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def _further(record: Record) -> Mapping[str, float]:
+    """The values of a run's second metrics by name; a record from before there were any has none."""
+    found: Mapping[str, float] = getattr(record, "further", {})
+    return found
+
+
+def _other(name: str, own: Sequence[Record], base: Sequence[Record]) -> str:
+    """A recipe's second metric, its gap to the baseline in brackets; where some runs lack it that is said instead."""
+    values, compared = ([_further(r)[name] for r in part if name in _further(r)] for part in (own, base))
+    if not values:
+        return ""
+    if len(values) < len(own):
+        return f"{_mean(values)} ({len(values)} of {len(own)} runs)"
+    with_gap = own[0].recipe != base[0].recipe and len(compared) == len(base)
+    gap = f" ({statistics.fmean(values) - statistics.fmean(compared):+.2f})" if with_gap else ""
+    return f"{_mean(values)}{gap}"
 
 
 def _worse(result: Comparison, paper: Published | None, *, higher: bool) -> str | None:
@@ -161,7 +188,7 @@ def _worse(result: Comparison, paper: Published | None, *, higher: bool) -> str 
         return None
     sign = -1 if higher else 1
     behind = [
-        f"`{name}` ({entry.gap:+.2f} here, {published:+.2f} there)"
+        f"`{name}` ({entry.gap:+.2f} here, {published:+.{paper.digits}f} there)"
         for name, entry in result.summary.items()
         if (published := paper.gap(name)) is not None and entry.gap is not None
         if sign * entry.gap > sign * published
@@ -170,13 +197,46 @@ def _worse(result: Comparison, paper: Published | None, *, higher: bool) -> str 
 
 
 def _made(group: Group) -> str:
-    """Commands, commits and machines, each once."""
+    """The command of a run and its machine, once where they are the same for every row."""
+    again = shared(group.records, lambda r: f"`{told}`" if (told := command(r)) else "")
     return (
-        f"`{group.command}` at {', '.join(group.commits)}; seeds {', '.join(map(str, group.seeds))}; "
-        f"{'; '.join(group.machines)}. Time and what is kept for the backward pass are "
-        "multiples of the baseline's; times only where one machine ran both, of the same sources."
+        (f"A run again, at its commit: {again}. " if again else "")
+        + f"Machine: {shared(group.records, machine)}."
         + "".join(f" The runs of `{name}` are of different definitions of it." for name in group.changed)
     )
+
+
+_COLUMNS: Mapping[str, str] = MappingProxyType(
+    {
+        "fp32": "FP32",
+        "int4_forward_only": "INT4 forward alone",
+        "ibm2020": "FP4 gradients",
+        "ibm2020_dw_fp8": "FP8 in wgrad",
+        "ibm2020_bottom_1x1_fp8": "FP8 in the bottom 1x1",
+        "ibm2020_1x1_fp8": "FP8 in all 1x1",
+    }
+)
+"""What a recipe is called where its name would make the table too wide."""
+
+
+def _papers_tables(ours: Set[tuple[str, str]]) -> str:
+    """All rows of the paper's tables, and which of their networks are ours."""
+    run = [row.what for row in PAPER if (row.task, row.model) in ours]
+    own = f"Of these networks we ran {'; '.join(run)}, and not the others." if run else "We ran none of these networks:"
+    nearest = "" if run else " the row beside a table above is the nearest."
+    lines = [
+        "## The paper's tables\n",
+        f"Sun et al., NeurIPS 2020, tables 1 and 3. {own}{nearest} Table 2 is of ImageNet, for which there is no task "
+        f"here. The columns are, as recipes, {', '.join(f'`{name}`' for name in _COLUMNS)}; gaps in brackets.\n",
+        f"| network, data | metric | {' | '.join(_COLUMNS.values())} |",
+        f"|{'---|' * (2 + len(_COLUMNS))}",
+    ]
+    for row in PAPER:
+        judged = tasks.TASKS[row.task]
+        metric = judged.metric + (f" ({judged.unit})" if judged.unit else "")
+        cells = [row.what, metric, *(row.cell(name) for name in _COLUMNS)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def _draw(group: Group, path: Path) -> None:
