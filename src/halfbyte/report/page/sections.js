@@ -222,7 +222,7 @@ function costs(group) {
   names.push([`Time of a step, ${group.baseline}'s = 1`, "number"]);
   const about =
     "Kept for backward is what the network held between forward and backward at the first batch, parameters aside. " +
-    "Times are of a machine that others may have used meanwhile, so they are shown as ratios, and only where one machine ran all of the same sources.";
+    "Times are ratios, and there only where one machine ran all of the same sources. What else the machine did during a run is in them: halfbyte bench measures speed side by side.";
   const table = el("table", { class: "fit" }, headings(names), el("tbody", {}, rows.map(row)));
   return [
     el("h3", {}, "Memory and time"),
