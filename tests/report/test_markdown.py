@@ -82,12 +82,8 @@ def test_empty_columns_are_left_out():
 def test_second_metrics_stand_beside_the_first():
     """Each has a column with mean, deviation and gap; where not every run of a row has it there is no gap."""
 
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Measured(Record):
-        further: dict[str, float]
-
     def run(recipe: str, value: float, seed: int, **further: float) -> Record:
-        return Measured(**{**vars(of(recipe, value, seed)), "further": further})
+        return dataclasses.replace(of(recipe, value, seed), further=further)
 
     text = markdown.text(
         [

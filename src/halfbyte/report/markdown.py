@@ -133,7 +133,7 @@ def _table(group: Group, result: Comparison, paper: Published | None) -> list[st
     of = {name: [r for r in result.records if r.recipe == name] for name in result.summary}
     first, base = group.records[0], of[result.baseline]
     unit = f" ({first.unit})" if first.unit else ""
-    others = dict.fromkeys(name for r in group.records for name in _further(r))
+    others = dict.fromkeys(name for r in group.records for name in r.further)
     columns: dict[str, list[str]] = {
         "recipe": [f"`{name}`" for name in of],
         f"{first.metric}{unit}": [_mean([r.value for r in own]) for own in of.values()],
@@ -164,15 +164,9 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def _further(record: Record) -> Mapping[str, float]:
-    """The values of a run's second metrics by name; a record from before there were any has none."""
-    found: Mapping[str, float] = getattr(record, "further", {})
-    return found
-
-
 def _other(name: str, own: Sequence[Record], base: Sequence[Record]) -> str:
     """A recipe's second metric, its gap to the baseline in brackets; where some runs lack it that is said instead."""
-    values, compared = ([_further(r)[name] for r in part if name in _further(r)] for part in (own, base))
+    values, compared = ([r.further[name] for r in part if name in r.further] for part in (own, base))
     if not values:
         return ""
     if len(values) < len(own):
