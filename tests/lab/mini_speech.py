@@ -8,14 +8,19 @@ import tarfile
 import wave
 from pathlib import Path
 
-from halfbyte.lab.data import speech
+from halfbyte.lab.data import speech_files
 
 SAID = ["YES", "A B C", "ENTER FIVE"]
 
 
-def write(folder: Path, monkeypatch) -> None:
-    """Writes both sets and lets the loaders expect them."""
+def write(folder: Path, monkeypatch, form: str = "packed") -> None:
+    """Writes both sets and lets the loaders expect them.
+
+    ``form`` is "packed" for an archive each, or "published" for the folders of the two repositories, AN4 at 16 kHz.
+    """
+    rate = {"packed": 8000, "published": 16000}[form]
     an4 = {}
+    parts = {}
     for part, count in (("train", 12), ("test", 4)):
         names = [f"an4{part}_clstk/who/an{k}-who-b" for k in range(count)]
         lines = [SAID[k % 3] for k in range(count)]
@@ -24,16 +29,28 @@ def write(folder: Path, monkeypatch) -> None:
         an4[f"./etc/an4_{part}.transcription"] = "\n".join(
             f"{marks[0]}{line}{marks[1]} (an{k}-who-b)" for k, line in enumerate(lines)
         ).encode()
-        an4 |= {f"./wav/{name}.wav": tone(300 + 40 * k, 0.5 + 0.02 * k) for k, name in enumerate(names)}
+        an4 |= {f"./wav/{n}.wav": tone(300 + 40 * k, 0.5 + 0.02 * k, rate=rate) for k, n in enumerate(names)}
+        lengths = [4000 + 160 * k for k in range(count)]
+        rows = "".join(f"{n} {length} {line}\n" for n, length, line in zip(names, lengths, lines, strict=True))
+        parts[part] = (count, sum(lengths), hashlib.sha256(rows.encode()).hexdigest())
     fsdd = {f"recordings/{d}_theo_{k}.wav": tone(200 + 100 * d, 0.2 + 0.01 * k) for d in range(10) for k in range(8)}
+    said = b"".join(name.removeprefix("recordings/").encode() + fsdd[name] for name in sorted(fsdd))
+    monkeypatch.setattr(speech_files, "AN4_PARTS", parts)
+    monkeypatch.setattr(speech_files, "FSDD_SPEAKERS", {"theo": hashlib.sha256(said).hexdigest()})
+    monkeypatch.setattr(speech_files, "FSDD_TAKES", 8)
     for table, name, file, members in (
-        ("_AN4", "an4", "an4-8k-wav.tar.xz", an4),
-        ("_FSDD", "fsdd", "fsdd-recordings.tar.xz", fsdd),
+        ("AN4", "an4", "an4-8k-wav.tar.xz", an4),
+        ("FSDD", "fsdd", "fsdd-recordings.tar.xz", fsdd),
     ):
-        content = archive(members)
-        (folder / name).mkdir(parents=True)
-        (folder / name / file).write_bytes(content)
-        monkeypatch.setattr(speech, table, {file: (len(content), hashlib.sha256(content).hexdigest())})
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        if form == "published":
+            for path, content in members.items():
+                (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name / path).write_bytes(content)
+        else:
+            content = archive(members)
+            (folder / name / file).write_bytes(content)
+            monkeypatch.setattr(speech_files, table, {file: (len(content), hashlib.sha256(content).hexdigest())})
 
 
 def tone(hertz: float, seconds: float, *, rate: int = 8000, channels: int = 1) -> bytes:

@@ -70,8 +70,7 @@ def _batches(train, test):
 def _binary(home, train, test, monkeypatch):
     for name, pixels, classes in _batches(train, test):
         (home / f"{name}.bin").write_bytes(np.concatenate([classes[:, None], pixels], axis=1).tobytes())
-    sizes = {file: (size, "") for file, (size, _) in known(home, cifar10_files.BINARY).items()}
-    monkeypatch.setattr(cifar10_files, "BINARY", sizes)
+    monkeypatch.setattr(cifar10_files, "BINARY", known(home, cifar10_files.BINARY, hashlib.md5))
 
 
 def _python(home, train, test, monkeypatch):

@@ -1,6 +1,7 @@
 """The files of a data set: whole, or an error that tells what to do."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,26 @@ def test_a_damaged_file_is_named(folder, file, name, digest):
     (folder / "set" / file).write_bytes(b"ten bytes?")
     with pytest.raises(HalfbyteError, match=rf"{file} has another content, {name} \w+; .*{name} {digest}"):
         demand(folder, "set", FILES, ORIGIN)
+
+
+def test_an_md5_says_why():
+    """Where an MD5 stands in the place of a SHA-256 the error says that no other digest is published."""
+    with pytest.raises(HalfbyteError, match=rf"MD5 {MD5} \(no SHA-256 of it is published\)"):
+        demand(Path("nowhere"), "set", {"b.bin": (10, MD5)}, ORIGIN)
+
+
+def test_one_file_is_one():
+    """Of a set of one file the error does not speak in the plural."""
+    with pytest.raises(HalfbyteError, match=r"set/b\.bin is published at https://example\.com/set; nothing"):
+        demand(Path("nowhere"), "set", {"b.bin": (10, MD5)}, ORIGIN)
+
+
+def test_a_cure_stands_for_the_origin(folder):
+    """Files that are not published as they stand have a cure of their own, with a folder and without."""
+    (folder / "set" / "b.bin").unlink()
+    for given in (folder, None):
+        with pytest.raises(HalfbyteError, match=r"Make it yourself\.$"):
+            demand(given, "set", FILES, cure="Make it yourself.")
 
 
 def test_many_missing_files_are_counted(folder):

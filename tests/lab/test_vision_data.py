@@ -126,12 +126,47 @@ def test_other_pickles_are_refused(tmp_path, monkeypatch, content, text):
 
 
 def test_an_eleventh_class_is_refused(tmp_path, monkeypatch):
-    """A binary batch, which has no published digest, is refused where a class is none of 0...9."""
+    """Pictures of a class that is none of 0...9 are refused even where no digest tells that the file is another."""
     mini_vision.write_cifar10(tmp_path, monkeypatch, "binary")
     path = tmp_path / "cifar10" / "data_batch_3.bin"
     path.write_bytes(b"\x0a" + path.read_bytes()[1:])
+    files = {name: (size, "") for name, (size, _) in cifar10_files.BINARY.items()}
+    monkeypatch.setattr(cifar10_files, "BINARY", files)
     with pytest.raises(HalfbyteError, match=r"data_batch_3\.bin .* 1 of them none of 0\.\.\.9"):
         cifar10.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "digest"),
+    [
+        ("binary", "data_batch_2.bin", "MD5"),
+        ("python", "data_batch_2", "MD5"),
+        ("strips", "strips/train_001.webp", "SHA-256"),
+    ],
+)
+def test_one_bit_is_noticed(tmp_path, monkeypatch, form, file, digest):
+    """In every form of CIFAR-10 one bit that differs is refused by a digest, and the error says of which kind it is."""
+    mini_vision.write_cifar10(tmp_path, monkeypatch, form)
+    path = tmp_path / "cifar10" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        HalfbyteError, match=rf"{file} has another content, {digest} \w+; expected: [\d,]+ bytes, {digest}"
+    ):
+        cifar10.load(tmp_path)
+
+
+def test_strips_send_nobody_away(tmp_path, monkeypatch):
+    """A damaged strip, which nobody publishes, is replaced by the official batches: the error says so, and it works."""
+    mini_vision.write_cifar10(tmp_path, monkeypatch, "strips")
+    (tmp_path / "cifar10" / "strips" / "test_000.webp").write_bytes(b"")
+    with pytest.raises(
+        HalfbyteError, match=r"repacking that nobody publishes.*https://www\.cs\.toronto\.edu.*cifar-10-bin"
+    ):
+        cifar10.load(tmp_path)
+    _, (pixels, _) = mini_vision.write_cifar10(tmp_path, monkeypatch, "binary", "cifar-10-batches-bin")
+    assert torch.equal(cifar10.load(tmp_path).test.inputs, torch.from_numpy(pixels))
 
 
 @pytest.mark.parametrize(

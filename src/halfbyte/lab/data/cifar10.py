@@ -1,12 +1,12 @@
 """CIFAR-10: 60,000 color pictures of ten kinds of things, 32x32 pixels.
 
 Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009). The folder ``cifar10`` may hold the set in any
-of these forms; the first one found is read:
+of these forms; the first one found is read, and every byte of it is checked:
 
 * the python batches, ``data_batch_1`` to ``test_batch``, in the folder itself or in ``cifar-10-batches-py``;
 * the binary batches, ``data_batch_1.bin`` to ``test_batch.bin``, likewise or in ``cifar-10-batches-bin``;
 * ``strips``: lossless WebP images that each hold 500 pictures from top to bottom, and ``train_labels.bin`` and
-  ``test_labels.bin``, a byte for each picture.
+  ``test_labels.bin``, a byte for each picture. Nobody publishes this form.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ from .source import Data, Examples
 __all__ = ["load"]
 
 _ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_CURE = (
+    f"CIFAR-10 is published at {_ORIGIN}: unpack its archive cifar-10-python.tar.gz or cifar-10-binary.tar.gz in the "
+    "folder cifar10. Nothing is downloaded for you."
+)
+_CURE_OF_STRIPS = (
+    f"The strips and their labels are a repacking that nobody publishes; the official batches are read first. {_CURE}"
+)
 _MEAN = (0.4914, 0.4822, 0.4465)  # Of the training pixels in [0, 1], red, green, blue.
 _DEVIATION = (0.2470, 0.2435, 0.2616)
 _PIXELS = 3 * 32 * 32
@@ -66,7 +73,8 @@ def load(folder: Path | None) -> Data:
         HalfbyteError: if a file is missing or is not the published one, or Pillow is needed and not installed.
     """
     place, files, read = _form(folder)
-    home = demand(folder, "cifar10", {f"{place}{file}": known for file, known in files.items()}, _ORIGIN)
+    cure = _CURE_OF_STRIPS if read is _strips else _CURE
+    home = demand(folder, "cifar10", {f"{place}{file}": known for file, known in files.items()}, cure=cure)
     (train, train_classes), (test, test_classes) = (read(home / place, part) for part in ("train", "test"))
     prepare = normalizer(_MEAN, _DEVIATION)
     return Data(
@@ -102,7 +110,7 @@ def _joined(path: Path, pixels: np.ndarray[Any, Any], classes: np.ndarray[Any, A
         raise HalfbyteError(
             f"{path} holds {pixels.size:,} values of type {pixels.dtype} and {classes.size:,} classes, "
             f"{np.sum(~known):,} of them none of 0...9; expected {_PIXELS:,} values of type uint8 for each class. "
-            f"Get it from {_ORIGIN}."
+            f"{_CURE}"
         )
     pictures = torch.from_numpy(np.ascontiguousarray(pixels).reshape(-1, 3, 32, 32))
     return pictures, torch.from_numpy(classes.astype(np.int64))
@@ -149,8 +157,7 @@ def _python(home: Path, part: str) -> _Part:
             pixels, classes = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"], dtype=np.int64)
         except _DAMAGE as error:
             raise HalfbyteError(
-                f"{path} is refused as a python batch of CIFAR-10 ({type(error).__name__}: {error}). "
-                f"Get it from {_ORIGIN}."
+                f"{path} is refused as a python batch of CIFAR-10 ({type(error).__name__}: {error}). {_CURE}"
             ) from error
         parts.append(_joined(path, pixels, classes))
     return _concatenated(parts)

@@ -1,8 +1,10 @@
 """The files of CIFAR-10 in each of the forms that `halfbyte.lab.data.cifar10` reads: sizes and digests.
 
-Of the official forms the python batches have published MD5 sums (torchvision checks the same ones) and the binary
-batches a published size alone. The third form is not official: the same images in the same order, 500 to a strip, each
-strip a lossless WebP image of 32x16,000 pixels; 93 of its 60,000 images came from JPEG copies.
+Of the official forms the authors publish MD5 sums of the archives alone. Those of the files in them are known from
+others: torchvision checks these of the python batches; rai-project/dldataset and prabhuomkar/pytorch-cpp these of the
+binary ones, out of the archive of the published sum, c32a1d4ab5d03f1284b67883e8d87530. The third form is not official:
+the same images in the same order, 500 to a strip, each strip a lossless WebP image of 32x16,000 pixels; 93 of its
+60,000 images came from JPEG copies.
 """
 
 from __future__ import annotations
@@ -20,9 +22,15 @@ PYTHON: Mapping[str, tuple[int, str]] = {
     "test_batch": (31_035_526, "40351d587109b95175f43aff81a1287e"),
 }
 
+_BINARY_BYTES = 10_000 * (1 + 32 * 32 * 3)  # For each picture a byte for the class, then the pixels.
+
 BINARY: Mapping[str, tuple[int, str]] = {
-    f"{name}.bin": (10_000 * (1 + 32 * 32 * 3), "")
-    for name in PYTHON  # A byte for the class, then the pixels.
+    "data_batch_1.bin": (_BINARY_BYTES, "5dd7e06a14cb22eb9f671a540d1b7c25"),
+    "data_batch_2.bin": (_BINARY_BYTES, "5ea93a67294ea407fff1d09f752e9692"),
+    "data_batch_3.bin": (_BINARY_BYTES, "942cd6a4bcdd0dd3c604fbe906cb4421"),
+    "data_batch_4.bin": (_BINARY_BYTES, "ae636b3ba5c66a11e91e8cb52e771fcb"),
+    "data_batch_5.bin": (_BINARY_BYTES, "53f37980c15c3d472c316c40844f3f0d"),
+    "test_batch.bin": (_BINARY_BYTES, "803d5f7f4d78ea53de84dbe85f74fb6d"),
 }
 
 _STRIPS = """

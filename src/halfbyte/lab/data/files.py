@@ -15,18 +15,23 @@ from ...errors import HalfbyteError
 __all__ = ["demand"]
 
 _NAMES = {"md5": "MD5", "sha256": "SHA-256"}
+_WHY = {"md5": " (no SHA-256 of it is published)", "sha256": ""}
 _SHOWN = 3  # Of a hundred missing files these tell enough.
 
 
-def demand(folder: Path | None, name: str, files: Mapping[str, tuple[int, str]], origin: str) -> Path:
+def demand(
+    folder: Path | None, name: str, files: Mapping[str, tuple[int, str]], origin: str = "", *, cure: str = ""
+) -> Path:
     """The folder of one data set, once each of its files is known to be whole.
 
     Args:
         folder: the folder that holds a folder for each data set; None if none was given.
         name: of the data set, and of its folder.
         files: for each file, by its path within the data set's folder, its size in bytes and its SHA-256; the MD5 where
-            that is what its authors publish, an empty string where they publish neither.
+            that is what is published, an empty string where neither is.
         origin: where the files are published.
+        cure: for files that are not published as they stand: what to get in their place, and where. It stands where
+            the origin would be named.
 
     Returns:
         ``folder / name``.
@@ -38,27 +43,28 @@ def demand(folder: Path | None, name: str, files: Mapping[str, tuple[int, str]],
     if folder is None:
         raise HalfbyteError(
             f"The data set {name!r} needs files, and no data folder was given. Give the folder that holds {name}/ by "
-            f"--data-dir or in the environment variable HALFBYTE_DATA. {_published(name, files, origin)}"
+            f"--data-dir or in the environment variable HALFBYTE_DATA. {cure or _published(name, files, origin)}"
         )
     home = folder / name
     wrong = [trouble for file, (size, digest) in files.items() if (trouble := _trouble(home / file, size, digest))]
     if wrong:
         more = f" {len(wrong) - _SHOWN} more are missing or damaged." if len(wrong) > _SHOWN else ""
         shown = " ".join(wrong[:_SHOWN])
-        raise HalfbyteError(f"{shown}{more} {_published(name, files, origin)}")
+        raise HalfbyteError(f"{shown}{more} {cure or _published(name, files, origin)}")
     return home
 
 
 def _published(name: str, files: Mapping[str, tuple[int, str]], origin: str) -> str:
-    """The cure."""
-    first = next(iter(files))
-    return f"The {len(files)} files ({name}/{first} is one) are published at {origin}; nothing is downloaded for you."
+    """The cure of published files."""
+    first = f"{name}/{next(iter(files))}"
+    which = f"The {len(files)} files ({first} is one) are" if len(files) > 1 else f"{first} is"
+    return f"{which} published at {origin}; nothing is downloaded for you."
 
 
 def _trouble(path: Path, size: int, digest: str) -> str:
     """What is wrong with a file; empty if nothing is."""
     method = "md5" if len(digest) == 32 else "sha256"
-    expected = f"{size:,} bytes" + (f", {_NAMES[method]} {digest}" if digest else "")
+    expected = f"{size:,} bytes" + (f", {_NAMES[method]} {digest}{_WHY[method]}" if digest else "")
     try:
         found_size = path.stat().st_size
         if found_size != size:

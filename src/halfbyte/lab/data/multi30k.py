@@ -61,7 +61,7 @@ def load(folder: Path | None, pieces: int) -> Pairs:
     Raises:
         HalfbyteError: if the files are missing or damaged, or ``tokenizers`` is not installed.
     """
-    home = demand(folder, "multi30k", _FILES, "github.com/multi30k/dataset, data/task1/raw")
+    home = demand(folder, "multi30k", _FILES, "https://github.com/multi30k/dataset (data/task1/raw)")
     sides = {name: _lines(home / name) for name in _FILES}
     tokenizer = _tokenizer([*sides["train.en.gz"], *sides["train.de.gz"]], pieces)
     train, test = (

