@@ -25,6 +25,21 @@ def test_size_of_the_gpt_by_hand():
     assert size(GPT(V)) == V * D + CONTEXT * D + LAYERS * block + 2 * D + (D * V + V) == 421_697
 
 
+def test_size_of_the_gpt_as_published():
+    """nanoGPT prints 10.65 M for its character model: ours without what it does not have or does not count.
+
+    Its rule leaves the positions out; its head is the embedding; and it has no biases (bias=False in its train.py), so
+    neither have its norms. Ours has 10,795,841 with all of that.
+    """
+    with torch.device("meta"):
+        model = GPT(V, width=384, layers=6, heads=6, context=256)
+    assert size(model) == 10_795_841
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    alike = {name: n for name, n in sizes.items() if not name.startswith(("position", "head")) and "bias" not in name}
+    assert sum(alike.values()) == 10_646_784
+    assert f"{sum(alike.values()) / 1e6:.2f}" == "10.65"
+
+
 def test_embedding_and_head_are_not_tied():
     """The decoder's weights are its own, in both models."""
     for model in (LSTMModel(V), GPT(V)):

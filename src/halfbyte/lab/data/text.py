@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from .files import demand
 from .source import Data, Sequences, Stream
 
-__all__ = ["PAD", "Text", "penn_treebank", "sst2", "tiny_shakespeare"]
+__all__ = ["PAD", "Text", "in_windows", "penn_treebank", "sst2", "tiny_shakespeare"]
 
 PAD = 0
 """The symbol that fills up a sentence of SST-2."""
@@ -89,6 +90,20 @@ def tiny_shakespeare(folder: Path | None, context: int) -> Text:
         test=Stream(symbols=symbols[cut:], context=context),
         vocabulary=len(numbers),
     )
+
+
+def in_windows(data: Text, context: int) -> Text:
+    """The same text, seen ``context`` symbols at a time.
+
+    Args:
+        data: its sides are a `Stream` each.
+        context: symbols in a window.
+
+    Raises:
+        HalfbyteError: if a side is no longer than that.
+    """
+    train, test = (replace(cast(Stream, side), context=context) for side in (data.train, data.test))
+    return replace(data, train=train, test=test)
 
 
 def sst2(folder: Path | None) -> Text:

@@ -21,7 +21,8 @@ from ..data.source import Batch, Data
 __all__ = ["SIZES", "Carry", "Judgment", "Outcome", "Settings", "Task"]
 
 SIZES = ("smoke", "cpu", "full")
-"""For tests (seconds), for a desk (under about 40 minutes), and the published setting (for a GPU)."""
+"""For tests (seconds), for a desk (minutes, up to two hours: AN4 in four bits took 47 to 106 minutes on a busy machine
+of two cores), and for a GPU: the published setting where there is one, which the settings of each task say."""
 
 Carry = tuple[Tensor, ...]
 """What a network hands from one batch to the next, without gradient: a recurrent state. Empty when a pass begins."""
