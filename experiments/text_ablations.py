@@ -52,13 +52,13 @@ def grounds(asked: argparse.Namespace) -> dict[str, Ground]:
         return {"digits": _common.grounds(asked)[0]}
     if not asked.data_dir:
         sys.exit("This study is about models of a text: give --data-dir DIR, or --smallest to see that it runs.")
-    task = replace(tasks.get("shakespeare"), load=partial(text.tiny_shakespeare, context=CONTEXT))
+    task = tasks.get("shakespeare")
     cut = {"epochs": asked.epochs or 1, "batch_size": BATCH, "examples": CHARACTERS, "test_examples": TEST_CHARACTERS}
     cut |= {"examples": 2 * BATCH * CONTEXT, "test_examples": BATCH * CONTEXT} if asked.smallest else {}
     found = {}
     for model, rate in RATES.items():
         settings = replace(task.settings("cpu"), model=model, learning_rate=rate, warmup=20, **cut)
-        data = cast(text.Text, task.load_for(asked.data_dir, settings))
+        data = text.in_windows(cast(text.Text, task.load_for(asked.data_dir, settings)), CONTEXT)
         make = partial(network, model, data.vocabulary)
         found[model] = Ground(task=task, settings=settings, data=data, network=make)
     return found

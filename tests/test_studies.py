@@ -1,5 +1,6 @@
 """The studies: each runs from end to end, and what their measurements rest on is right."""
 
+import argparse
 import importlib
 import json
 import math
@@ -89,6 +90,17 @@ def test_a_study_of_text_needs_its_text(name, study):
     """The digits, whose accuracy is better when it is higher, give no verdict on a loss."""
     with pytest.raises(SystemExit, match="--data-dir DIR"):
         study(name).main([])
+
+
+def test_the_study_of_ablations_reads_windows_as_long_as_it_says(study, tmp_path, monkeypatch):
+    """Both networks see 32 characters at a time, and take a batch of them."""
+    mini_language.write(tmp_path, monkeypatch)
+    module = study("text_ablations")
+    asked = argparse.Namespace(data_dir=tmp_path, smallest=True, epochs=None)
+    for ground in module.grounds(asked).values():
+        (batch, *_) = ground.data.train.batches(4, seed=0, epoch=0)
+        assert batch.inputs[0].shape == (4, module.CONTEXT)
+        assert ground.task.learn(ground.network(), batch, (), ground.settings).loss.detach().isfinite()
 
 
 def test_a_recurrent_network_goes_on_from_its_state_within_bounds(common, tmp_path, monkeypatch):
