@@ -106,12 +106,13 @@ def _set_aside(run: Run, folder: Path, note: Note) -> None:
         return
     number = 1 + max((int(path.suffix.removeprefix(".old")) for path in _aside(folder)), default=0)
     # The record goes last: without it a finished run's checkpoint would pass for that of an interrupted one.
-    names = [name for name in (checkpoint.path_in(folder).name, PROGRESS_NAME, RECORD_NAME) if (folder / name).exists()]
-    for name in names:
-        (folder / name).rename(folder / f"{name}.old{number}")
-    if names:
-        kept = " and ".join(f"{name}.old{number}" for name in names)
-        note(f"{run.name}: what was there is kept until the new record is written, as {kept} in {folder}.")
+    kept = []
+    for name in (checkpoint.path_in(folder).name, PROGRESS_NAME, RECORD_NAME):
+        with contextlib.suppress(FileNotFoundError):
+            kept.append((folder / name).rename(folder / f"{name}.old{number}").name)
+    if kept:
+        there = " and ".join(kept)
+        note(f"{run.name}: what was there is kept until the new record is written, as {there} in {folder}.")
 
 
 def _aside(folder: Path) -> list[Path]:
