@@ -129,7 +129,7 @@ class Judgment(NamedTuple):
 
     Attributes:
         value: the task's metric.
-        further: other measures by name, each in the metric's unit. A record keeps them; no table compares by them.
+        further: other measures by name, each in the metric's unit. Records and the page of results have them, too.
     """
 
     value: float
