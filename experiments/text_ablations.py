@@ -3,8 +3,8 @@
     python experiments/text_ablations.py --data-dir DIR [--seeds 3] [--out FILE]
 
 The studies `radix`, `two_phases` and `layer_scale` ask the same of pictures, where few runs tell half a point of
-accuracy from luck. The loss on a text falls smoothly and every seed is judged by the same 60,000 characters, so smaller
-differences show. An LSTM and a GPT, both of two layers of 128, learn from 200 batches of 32 times 32 characters of tiny
+accuracy from luck. The loss on a text falls smoothly and every seed is judged by the same 59,392 characters, so smaller
+differences show. An LSTM and a GPT, both of two layers of 128, learn from 199 batches of 32 times 32 characters of tiny
 Shakespeare, with the task's AdamW at a rate of 0.02 (LSTM) and 0.003. As in Fig. 1a radix 2 is compared with radix 4
 where wgrad is in FP8 and one loss scale holds for all layers: `radix4_loss` is `ibm2020_dw_fp8` with that. The arm
 `exact_scale` tells what the lag of a layer's scale costs.

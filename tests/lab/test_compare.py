@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
 from types import MappingProxyType
 
 import pytest
+import torch
 
 from halfbyte import distributed
 from halfbyte.errors import HalfbyteError, UnknownNameError
@@ -15,6 +17,7 @@ from halfbyte.lab import jobs, record, tasks
 from halfbyte.lab.compare import compare, summarize
 from halfbyte.lab.record import Record
 from halfbyte.lab.run import Interrupted, Run
+from halfbyte.lab.trainer import train
 from halfbyte.report.groups import gather
 
 
@@ -138,7 +141,7 @@ def test_a_run_is_made_again_under_another_version_of_its_task_s_packages(tmp_pa
     digits = dataclasses.replace(tasks.get("digits"), packages=("jiwer",))
     monkeypatch.setattr(tasks, "TASKS", {"digits": digits})
     installed = {"halfbyte": "1", "jiwer": "4", "sacrebleu": "2"}
-    monkeypatch.setattr(record, "_installed", installed.get)
+    monkeypatch.setattr(importlib.metadata, "version", installed.get)
     compare("digits", ["fp32"], [0], size="smoke", model="mlp", out_dir=tmp_path)
     asked = Run(task="digits", recipe="fp32", seed=0, size="smoke", model="mlp")
 
@@ -218,6 +221,22 @@ def test_what_lay_aside_goes_once_the_new_record_is_there(tmp_path, monkeypatch)
     assert "went on from its checkpoint" in again(tmp_path, "two", monkeypatch)
     assert {path.name for path in folder.iterdir()} == {"last.ckpt", "record.json", "notes.old1"}
     assert record.read(folder / "record.json").sources_sha256 == ["two"]
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_what_lay_aside_goes_where_the_record_came_another_way(at_once, tmp_path, monkeypatch):
+    """A run that broke off and that `train` then took to its end is done for the next comparison, which clears up."""
+    folder = tmp_path / "digits-mlp-smoke-fp32-seed0"
+    again(tmp_path, "one", monkeypatch)
+    again(tmp_path, "two", monkeypatch, stop=30)
+    train("digits", "fp32", 0, size="smoke", model="mlp", resume=folder)
+    monkeypatch.setattr(jobs, "threads_each", lambda _: torch.get_num_threads())
+    assert (folder / "record.json.old1").exists()
+    notes = []
+    asked = {"size": "smoke", "model": "mlp", "out_dir": tmp_path, "note": notes.append}
+    compare("digits", ["fp32"], [0], jobs=at_once, **asked)
+    assert "is done already" in notes[0]
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", "record.json"}
 
 
 def test_one_of_several_processes_sets_aside(tmp_path, monkeypatch):

@@ -88,6 +88,7 @@ def test_multi30k():
     settings = full("multi30k")
     assert (settings.model, settings.optimizer, settings.betas) == ("base", "adam", (0.9, 0.98))
     assert (settings.dropout, settings.smoothing, settings.beam, settings.clip_norm) == (0.1, 0.1, 4, None)
+    assert (settings.epochs, settings.batch_size) == (30, 64)
     steps = (1, 100, 3999, 4000, 4001, 13_620)
     expected = [512**-0.5 * min(n**-0.5, n * 4000**-1.5) for n in steps]
     assert rates(settings, 454, *(n - 1 for n in steps)) == pytest.approx(expected)

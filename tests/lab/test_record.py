@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from halfbyte.errors import HalfbyteError
 from halfbyte.lab import record
 from halfbyte.lab.record import Record, RecordError
 
@@ -161,10 +162,21 @@ def test_part_of_a_run_is_no_record(done, tmp_path):
         record.read_partial(tmp_path / "record.json")
 
 
+def test_part_of_a_run_begun_before_schema_5_is_read(done, tmp_path):
+    """A run under way that began before records had further measures has none."""
+    path = tmp_path / "progress.json"
+    record.write_partial(done, path, 3, 20)
+    content = json.loads(path.read_text())
+    del content["further"]
+    path.write_text(json.dumps(content))
+    assert record.read_partial(path) == (dataclasses.replace(done, further={}), 3, 20)
+
+
 def test_versions_of_further_packages():
-    """Packages that are named stand beside halfbyte, torch and Python, and say so where they are not installed."""
-    found = record.versions(("pytest", "no-such-package"))
-    assert found == record.versions() | {"pytest": pytest.__version__, "no-such-package": "not installed"}
+    """Packages that are named stand beside halfbyte, torch and Python; one that is not installed is an error."""
+    assert record.versions(("pytest",)) == record.versions() | {"pytest": pytest.__version__}
+    with pytest.raises(HalfbyteError, match=r"counts on the package 'no-such-package'.*pip install"):
+        record.versions(("pytest", "no-such-package"))
 
 
 def test_a_peak_is_forgotten():

@@ -123,12 +123,14 @@ def test_other_texts_of_an4_are_noticed(tmp_path, monkeypatch):
         (mini_speech.tone(440, 0.1, channels=2), "8000 Hz, 2 channels and 16 bits"),
         (b"NIST_1A\n   1024\n", r"no recording in a RIFF file \(\.wav\)"),
         (b"", r"no recording in a RIFF file \(\.wav\): EOFError"),
+        (mini_speech.tone(440, 0.1)[:-1], "cut off"),
     ],
-    ids=["rate", "channels", "sphere", "empty"],
+    ids=["rate", "channels", "sphere", "empty", "cut off"],
 )
 def test_other_recordings_are_refused(content, text):
     """A recording of another rate, of two channels or of another format is an error with its name, not noise."""
-    with pytest.raises(HalfbyteError, match=rf"a\.wav is {text}|a\.wav is a recording of {text}"):
+    text = "ends within a sample, after 1,599 bytes" if text == "cut off" else f"is (a recording of )?{text}"
+    with pytest.raises(HalfbyteError, match=rf"a\.wav {text}"):
         speech_files.samples("a.wav", content, RATE)
 
 

@@ -87,6 +87,12 @@ def test_a_judge_has_the_last_word(said, further, monkeypatch):
     assert (done.value, done.further) == (12, further)
 
 
+def test_packages_are_a_tuple():
+    """A text in the place of a tuple, where a comma was lost, is refused: each of its letters would be a package."""
+    with pytest.raises(HalfbyteError, match="packages='jiwer' is a text"):
+        replace(tasks.get("digits"), packages="jiwer")
+
+
 @pytest.mark.parametrize("said", [(12, {}), {"accuracy": 12.0}, torch.tensor(12.0), Judgment(12, {"x": "high"})])
 def test_a_judge_gives_numbers(said):
     """What is no number, and no Judgment of numbers, is refused, and the text says what is possible."""

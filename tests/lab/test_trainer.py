@@ -331,6 +331,16 @@ def test_other_code_is_noticed(other_code, tmp_path, monkeypatch):
     assert result.sources_sha256 == [before, "other"]
 
 
+def test_other_versions_are_noticed(tmp_path, monkeypatch):
+    """A checkpoint made with another version of a package is refused where other bits are, and says both versions."""
+    with pytest.raises(Interrupted):
+        train("digits", "fp32", 1, size="smoke", out_dir=tmp_path, progress=stop_at(40, signal.SIGINT))
+    before = record.versions()
+    monkeypatch.setattr(record, "versions", lambda _packages=(): before | {"torch": "9.0"})
+    with pytest.raises(checkpoint.CheckpointError, match=r"versions have changed \(torch: asked '9\.0', there '2\."):
+        train("digits", "fp32", 1, size="smoke", resume=tmp_path, other_code="refuse")
+
+
 def test_unknown_names_suggest():
     """A misspelt recipe is refused before anything runs, with the nearest right one."""
     with pytest.raises(UnknownNameError, match="Did you mean 'ibm2020'"):

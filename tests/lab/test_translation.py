@@ -77,8 +77,6 @@ def test_parameters_of_the_base_model():
     layers = 6 * (encoder + decoder) + 2 * norm
     found = sum(p.numel() for p in model.parameters())
     assert (layers, found) == (44_140_544, 37_000 * 512 + layers) == (44_140_544, 63_084_544)
-    assert found == pytest.approx(65e6, rel=0.03)
-    assert [round((millions * 1e6 - layers) / 512) for millions in (64.5, 65.5)] == [39_765, 41_718]
 
 
 def test_the_loss_is_a_mean_over_pieces(data):

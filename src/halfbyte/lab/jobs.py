@@ -79,6 +79,7 @@ def finish(run: Run, folder: Path | None, how: Circumstances, progress: Progress
     # Of several processes the first looks, and the others do as it does.
     done = ranks.first(done_already(run, folder, how, note))
     if done is not None:
+        _clear(folder)
         return done
     result: Record | None = None
     if ranks.first(checkpoint.path_in(folder).exists() and not (folder / RECORD_NAME).exists()):
@@ -91,9 +92,7 @@ def finish(run: Run, folder: Path | None, how: Circumstances, progress: Progress
     if result is None:
         _set_aside(run, folder, note)
         result = go(out_dir=folder)
-    if distributed.rank() == 0:
-        for earlier in _aside(folder):
-            earlier.unlink(missing_ok=True)
+    _clear(folder)
     return result
 
 
@@ -113,6 +112,13 @@ def _set_aside(run: Run, folder: Path, note: Note) -> None:
     if kept:
         there = " and ".join(kept)
         note(f"{run.name}: what was there is kept until the new record is written, as {there} in {folder}.")
+
+
+def _clear(folder: Path) -> None:
+    """Removes what `_set_aside` has put aside: the new record is there."""
+    if distributed.rank() == 0:
+        for earlier in _aside(folder):
+            earlier.unlink(missing_ok=True)
 
 
 def _aside(folder: Path) -> list[Path]:
@@ -200,9 +206,10 @@ def finish_all(
     for run in runs:
         folder = folder_of(run)
         done = None if folder is None else done_already(run, folder, how, note, threads)
-        if done is None:
+        if done is None or folder is None:
             waiting.append(run)
         else:
+            _clear(folder)
             found.records[run] = done
     news: queue.Queue[tuple[Run, dict[str, Any]]] = queue.Queue()
     live: dict[Run, subprocess.Popen[str]] = {}

@@ -58,6 +58,7 @@ class Loop:
         self.commit = record.commit()  # asked at the start: the folder may move on meanwhile
         self.task = tasks.get(run.task)
         self.settings = self.task.settings(run.size)
+        versions = record.versions(self.task.packages)  # Before the work: a package may be missing.
         self.data = self.task.load_for(data_dir, self.settings)
         # The seed was set just before: the weights depend on it alone, because conversion keeps them.
         self.plain = self._built()
@@ -74,6 +75,7 @@ class Loop:
             threads=torch.get_num_threads(),
             world_size=distributed.ranks(),
             sources=[record.source_sha256()],
+            versions=versions,
         )
         if strategy is not None:
             self._settle()
@@ -332,6 +334,10 @@ class Loop:
         if record.source_sha256() not in at.sources:
             at.sources.append(record.source_sha256())
             changes.append("halfbyte's code has changed")
+        versions = record.versions(self.task.packages)
+        if at.versions and at.versions != versions:
+            changes.append(f"versions have changed ({checkpoint.differences(versions, at.versions)})")
+        at.versions = versions
         if at.threads != threads:
             changes.append(f"torch uses {threads} threads, not {at.threads}")
         if at.world_size != distributed.ranks():
@@ -376,7 +382,7 @@ class Loop:
             conventions=run.identity["conventions"],
             commit=self.commit,
             sources_sha256=at.sources,
-            versions=record.versions(task.packages),
+            versions=at.versions,
             machine=record.machine(accelerator, kernels.describe(self.backend)) | ranks.described(self.strategy),
         )
 

@@ -24,6 +24,7 @@ class Position:
     world_size: int = 1
     saved_bytes: int = 0
     sources: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)  # Empty in checkpoints from before they held them.
     curves: dict[str, list[float]] = field(default_factory=dict)
     layers: list[str] = field(default_factory=list)  # Of ordinary training, once fine-tuning has begun.
     nonfinite: dict[str, int] = field(default_factory=dict)

@@ -226,7 +226,7 @@ def read_partial(path: Path) -> tuple[Record, int, int]:
     schema, epoch, epochs = (content.pop(name, None) for name in ("schema", "epoch", "epochs"))
     if schema != _PARTIAL or not isinstance(epoch, int) or not isinstance(epochs, int):
         raise RecordError(f"{path} does not tell of a run that goes on; it has schema {schema!r}.")
-    return _record(content, SCHEMA, path), epoch, epochs
+    return _record({"further": {}, **content}, SCHEMA, path), epoch, epochs  # Begun before schema 5, it has no further.
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -259,20 +259,25 @@ def _record(content: dict[str, Any], schema: int, path: Path) -> Record:
 
 
 def versions(packages: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of halfbyte, torch, Python, and of further packages; ``"not installed"`` where one is not.
+    """Versions of halfbyte, torch, Python, and of further packages.
 
     Args:
-        packages: those that a result depends on too, such as what computes its metric.
+        packages: those that a result depends on too, such as what computes its metric, as ``pip`` names them.
+
+    Raises:
+        HalfbyteError: if one of them is not installed.
     """
-    own = {name: _installed(name) for name in ("halfbyte", *packages)}
-    return {**own, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    found = {"halfbyte": "not installed"}
+    for name in ("halfbyte", *packages):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            if name in packages:
+                raise HalfbyteError(
+                    f"The task counts on the package {name!r}, and no package of that name is installed. For those of "
+                    "halfbyte's own tasks: pip install 'halfbyte[lab]'"
+                ) from error
+    return {**found, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def machine(accelerator: str = "cpu", backend: str = "reference") -> dict[str, Any]:

@@ -77,7 +77,7 @@ def an4(folder: Path | None) -> dict[str, list[tuple[Tensor, str]]]:
     for part, (count, length, digest) in AN4_PARTS.items():
         lists = [f"etc/an4_{part}.{kind}" for kind in ("fileids", "transcription")]
         names, lines = (read(path).decode("utf-8", errors="replace").splitlines() for path in lists)
-        heard = [samples(f"wav/{name}.wav", read(f"wav/{name}.wav"), RATE, 2 * RATE) for name in names]
+        heard = [samples(f"an4/wav/{name}.wav", read(f"wav/{name}.wav"), RATE, 2 * RATE, cure=cure) for name in names]
         said = [said_in(line) for line in lines]
         found = hashlib.sha256()
         for name, sound, text in zip(names, heard, said, strict=False):
@@ -114,16 +114,15 @@ def fsdd(folder: Path | None) -> list[tuple[int, int, Tensor]]:
     recordings = {}
     for speaker, digest in FSDD_SPEAKERS.items():
         said = {f"{digit}_{speaker}_{take}.wav": (digit, take) for digit in range(10) for take in range(FSDD_TAKES)}
-        found = hashlib.sha256()
-        for name in sorted(said):
-            content = read(f"recordings/{name}")
-            found.update(name.encode() + content)
-            recordings[name] = (*said[name], samples(f"recordings/{name}", content, RATE))
+        contents = {name: read(f"recordings/{name}") for name in sorted(said)}
+        found = hashlib.sha256(b"".join(name.encode() + content for name, content in contents.items()))
         if found.hexdigest() != digest:
             raise HalfbyteError(
                 f"The folder fsdd holds other recordings of {speaker} than the published ones: SHA-256 "
                 f"{found.hexdigest()} over their names and contents; expected: {digest}. {cure}"
             )
+        for name, content in contents.items():
+            recordings[name] = (*said[name], samples(f"fsdd/recordings/{name}", content, RATE, cure=cure))
     return [recordings[name] for name in sorted(recordings)]
 
 
@@ -142,7 +141,10 @@ def _reader(
         try:
             return (home / path).read_bytes()
         except FileNotFoundError as error:
-            raise HalfbyteError(f"{home / path} is missing. {cure}") from error
+            beside = f" {packed} is there, but is read only without the folder {published[0]}."
+            raise HalfbyteError(
+                f"{home / path} is missing.{beside if (home / packed).exists() else ''} {cure}"
+            ) from error
         except OSError as error:
             raise HalfbyteError(f"{home / path} cannot be read ({error.strerror}). {cure}") from error
 
@@ -154,29 +156,32 @@ def said_in(line: str) -> str:
     return " ".join(re.sub(r"<[^>]*>|\([^)]*\)", " ", line).split())
 
 
-def samples(path: str, content: bytes, *rates: int) -> Tensor:
+def samples(path: str, content: bytes, *rates: int, cure: str = "") -> Tensor:
     """A recording of 16 bits and one channel at 8 kHz, (samples,), float32 in [-1, 1].
 
     Args:
         path: of the file, for the error.
         content: of the file, in the format RIFF (.wav).
         rates: possible ones, in samples a second: `RATE`, or twice that, which is `halved`.
+        cure: for the error.
 
     Raises:
-        HalfbyteError: if it is another kind of recording, or none.
+        HalfbyteError: if it is another kind of recording, cut off within a sample, or none.
     """
     try:
         with wave.open(io.BytesIO(content)) as recording:
             kind = recording.getframerate(), recording.getnchannels(), recording.getsampwidth()
             frames = bytearray(recording.readframes(recording.getnframes()))
     except (wave.Error, EOFError) as error:
-        raise HalfbyteError(f"{path} is no recording in a RIFF file (.wav): {error!r}.") from error
+        raise HalfbyteError(f"{path} is no recording in a RIFF file (.wav): {error!r}. {cure}") from error
     if kind[0] not in rates or kind[1:] != (1, 2):
         possible = " or ".join(f"{rate} Hz" for rate in sorted(rates))
         raise HalfbyteError(
             f"{path} is a recording of {kind[0]} Hz, {kind[1]} channels and {8 * kind[2]} bits; {possible}, one "
-            "channel and 16 bits are possible."
+            f"channel and 16 bits are possible. {cure}"
         )
+    if len(frames) % 2:
+        raise HalfbyteError(f"{path} ends within a sample, after {len(frames):,} bytes of sound. {cure}")
     whole = torch.frombuffer(frames, dtype=torch.int16) if frames else torch.zeros(0, dtype=torch.int16)
     return (whole if kind[0] == RATE else halved(whole)).float() / 32768
 

@@ -21,8 +21,8 @@ from ..data.source import Batch, Data
 __all__ = ["SIZES", "Carry", "Judgment", "Outcome", "Settings", "Task"]
 
 SIZES = ("smoke", "cpu", "full")
-"""For tests (seconds), for a desk (minutes, up to two hours: AN4 in four bits took 47 to 106 minutes on a busy machine
-of two cores), and for a GPU: the published setting where there is one, which the settings of each task say."""
+"""For tests (seconds), for a desk (minutes, in four bits up to some hours), and for a GPU: the published setting where
+there is one, which the settings of each task say."""
 
 Carry = tuple[Tensor, ...]
 """What a network hands from one batch to the next, without gradient: a recurrent state. Empty when a pass begins."""
@@ -176,6 +176,12 @@ class Task:
     judge: Callable[[nn.Module, Data, Settings], float | Judgment] | None = None
     progress_metric: str = ""
     packages: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.packages, str):
+            raise HalfbyteError(
+                f"Task {self.name!r}: packages={self.packages!r} is a text; a tuple of texts is possible."
+            )
 
     def model_named(self, name: str | None, size: str = "cpu") -> str:
         """The name of a network of this task: the one asked for, or the default of that size for None.
