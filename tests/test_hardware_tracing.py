@@ -778,8 +778,8 @@ LAB = {
     "mobilenet": lambda: (mobilenet.mobilenetv2(), empty(2, 3, 32, 32)),
     "resnet20": lambda: (resnet.resnet20(), empty(2, 3, 32, 32)),
     "sentence": lambda: (sentence.SentenceCNN(20), (empty(*symbols, dtype=torch.int64), empty(2, dtype=torch.int64))),
-    "recognizer": lambda: (speech.Recognizer(5, 7, width=8, layers=2, dropout=0.1), (empty(2, 3, 5), empty(2))),
-    "listener": lambda: (speech.Listener(5, 7, width=8, layers=2, dropout=0.1), (empty(2, 3, 5), empty(2))),
+    "recognizer": lambda: (speech.Recognizer(5, 7, width=8, layers=2, dropout=0.1), empty(2, 3, 5)),
+    "listener": lambda: (speech.Listener(5, 7, width=8, layers=2, dropout=0.1), empty(2, 3, 5)),
     "transformer": lambda: (
         translation.Transformer(20, pad=0, layers=1),
         (empty(*symbols, dtype=torch.int64), empty(2, 5, dtype=torch.int64)),

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import halfbyte
 from halfbyte.errors import HalfbyteError
 from halfbyte.lab import tasks
 from halfbyte.lab.data import speech
 from halfbyte.lab.data.augment import mask_bands
 from halfbyte.lab.data.source import Batch
 from halfbyte.lab.data.speech import BANDS, BLANK, CHARACTERS, log_mel
-from halfbyte.lab.models.speech import Listener
+from halfbyte.lab.models.speech import Listener, Recognizer
 from halfbyte.lab.tasks import Judgment
 from halfbyte.lab.tasks.speech import character_errors, read_off, word_errors
 from lab import mini_speech
@@ -126,16 +127,58 @@ def test_networks_have_the_parameters_they_say(name, count):
     assert sum(p.numel() for p in model.parameters()) == expected == count
 
 
-def test_padding_has_no_part_in_a_class():
-    """The mean over an utterance leaves out what fills it up: frames beyond its length may hold anything finite."""
+def listening(kind: type[nn.Module], recipe: str | None = None) -> nn.Module:
+    """A small network whose layers have two directions and which a recipe may have converted."""
     torch.manual_seed(0)
-    model = Listener(3, 10, width=4, layers=1, dropout=0.0)
-    y = torch.randn(2, 5, 8)
-    model.read = lambda _: y
-    first = model(torch.zeros(2, 5, 3), torch.tensor([5, 2]))
-    y[1, 2:] = 7.0
-    assert torch.equal(model(torch.zeros(2, 5, 3), torch.tensor([5, 2])), first)
-    torch.testing.assert_close(first[1], model.head(y[1, :2].mean(0)))
+    model = kind(6, 5, width=4, layers=2, dropout=0.0)
+    return model if recipe is None else halfbyte.convert(model, recipe)
+
+
+def filled(frames_NTF: Tensor, lengths_N: Tensor, steps: int) -> Tensor:
+    """The same utterances in a batch whose longest has so many frames, with nines behind them."""
+    found_NTF = frames_NTF.new_full((len(frames_NTF), steps, frames_NTF.shape[2]), 9.0)
+    for n, length in enumerate(lengths_N):
+        found_NTF[n, :length] = frames_NTF[n, :length]
+    return found_NTF
+
+
+@pytest.mark.parametrize("recipe", [None, "ibm2020"])
+def test_a_recognizer_does_not_hear_padding(recipe):
+    """However much fills up the utterances of a batch, their logits and all gradients are the same, bit for bit."""
+    lengths_N, found = torch.tensor([3, 7, 5]), []
+    for steps in (7, 12):
+        torch.manual_seed(1)
+        model, frames_NTF = listening(Recognizer, recipe), filled(torch.randn(3, 7, 6), lengths_N, steps)
+        logits_NTK = model(frames_NTF, lengths_N)
+        assert logits_NTK.shape == (3, steps, 5)
+        logits = torch.cat([row[:length] for row, length in zip(logits_NTK, lengths_N, strict=True)])
+        logits.square().sum().backward()
+        found.append([logits, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_listener_does_not_hear_padding():
+    """However much fills up the utterances of a batch, their logits are the same, but for the order of the sum."""
+    lengths_N, frames_NTF = torch.tensor([3, 7, 5]), torch.randn(3, 7, 6, dtype=torch.float64)
+    model = listening(Listener).double()
+    short, long = (model(filled(frames_NTF, lengths_N, steps), lengths_N) for steps in (7, 12))
+    torch.testing.assert_close(short, long)
+
+
+@pytest.mark.parametrize("kind", [Recognizer, Listener])
+def test_utterances_without_lengths_have_all_frames(kind):
+    """No lengths are as many lengths of T, in double precision, where the two ways to multiply agree."""
+    x_NTF = torch.randn(2, 4, 6, dtype=torch.float64)
+    model = listening(kind).double()
+    torch.testing.assert_close(model(x_NTF), model(x_NTF, torch.tensor([4, 4])))
+
+
+def test_a_class_is_by_the_mean_over_an_utterance():
+    """What decides is the mean of the utterance's own frames."""
+    model, x_NTF = listening(Listener), torch.randn(2, 5, 6)
+    found = model(x_NTF, torch.tensor([5, 2]))
+    alone = model.head(model.lstm(x_NTF[1, :2])[0].mean(0))
+    torch.testing.assert_close(found[1], alone)
 
 
 def path(symbols: str) -> torch.Tensor:

@@ -5,8 +5,8 @@ Dimensions: N batch, T frames of the longest utterance, F numbers in a frame, D 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 __all__ = ["Listener", "Recognizer"]
 
@@ -30,11 +30,18 @@ class _Recurrent(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(2 * width, outputs)
 
-    def read(self, frames_NTF: Tensor) -> Tensor:
-        """(N, T, 2 D)."""
-        y_NTD, _ = self.lstm(frames_NTF)
-        dropped_NTD: Tensor = self.drop(y_NTD)
-        return dropped_NTD
+    def read(self, frames_NTF: Tensor, lengths_N: Tensor | None) -> Tensor | PackedSequence:
+        """What the last LSTM says of each frame, 2 D numbers: (N, T, 2 D) without lengths, else the real frames.
+
+        What fills up an utterance is left out, not only ignored afterwards: the backward direction would begin in it,
+        and an utterance would be heard by how long the longest of its batch is.
+        """
+        if lengths_N is None:
+            dropped_NTD: Tensor = self.drop(self.lstm(frames_NTF)[0])
+            return dropped_NTD
+        real = pack_padded_sequence(frames_NTF, lengths_N.cpu(), batch_first=True, enforce_sorted=False)
+        y: PackedSequence = self.lstm(real)[0]
+        return y._replace(data=self.drop(y.data))
 
 
 class Recognizer(_Recurrent):
@@ -43,22 +50,38 @@ class Recognizer(_Recurrent):
     With F inputs it has ``2 (4 D F + 4 D^2 + 8 D) + (layers - 1) 2 (12 D^2 + 8 D) + 2 D K + K`` parameters.
     """
 
-    def forward(self, frames_NTF: Tensor, lengths_N: Tensor) -> Tensor:
+    def forward(self, frames_NTF: Tensor, lengths_N: Tensor | None = None) -> Tensor:
         """Logits (N, T, K) of each frame; those beyond an utterance's length mean nothing.
 
-        What fills up is zero, and the backward direction meets it first, the same zeros whatever the batch but for
-        their number.
+        Args:
+            frames_NTF: frames, filled up at their ends with anything.
+            lengths_N: frames of each utterance, at least 1; None where all have T.
         """
-        logits_NTK: Tensor = self.head(self.read(frames_NTF))
-        return logits_NTK
+        y = self.read(frames_NTF, lengths_N)
+        if isinstance(y, Tensor):
+            logits_NTK: Tensor = self.head(y)
+            return logits_NTK
+        return _filled_up(y._replace(data=self.head(y.data)), frames_NTF.shape[1])
 
 
 class Listener(_Recurrent):
     """From frames to one class for the utterance: the mean over its frames decides."""
 
-    def forward(self, frames_NTF: Tensor, lengths_N: Tensor) -> Tensor:
-        """Logits (N, K)."""
-        real_NT = torch.arange(frames_NTF.shape[1], device=frames_NTF.device) < lengths_N[:, None]
-        y_NTD = self.read(frames_NTF) * real_NT[:, :, None]
-        logits_NK: Tensor = self.head(y_NTD.sum(1) / lengths_N[:, None])
+    def forward(self, frames_NTF: Tensor, lengths_N: Tensor | None = None) -> Tensor:
+        """Logits (N, K).
+
+        Args:
+            frames_NTF: frames, filled up at their ends with anything.
+            lengths_N: frames of each utterance, at least 1; None where all have T.
+        """
+        y = self.read(frames_NTF, lengths_N)
+        steps = frames_NTF.shape[1]
+        y_NTD = y if isinstance(y, Tensor) else _filled_up(y, steps)
+        frames_N1 = steps if lengths_N is None else lengths_N[:, None]
+        logits_NK: Tensor = self.head(y_NTD.sum(1) / frames_N1)
         return logits_NK
+
+
+def _filled_up(y: PackedSequence, steps: int) -> Tensor:
+    """(N, T, ...) of T steps, with zeros beyond the length of each utterance."""
+    return pad_packed_sequence(y, batch_first=True, total_length=steps)[0]
