@@ -137,6 +137,24 @@ def test_the_table_of_gaps_is_that_of_compare():
     assert shown["ibm2020"]["about"] == "what ibm2020 is"
 
 
+def test_what_else_was_measured():
+    """A second measure has mean, deviation and gap; where a run lacks it there is no gap, and where all do no mean."""
+    records = [
+        *(of("fp32", 1.0, seed, further={"letters": 10.0 + seed}) for seed in range(2)),
+        *(of("luq", 1.0, seed, further={"letters": 12.0 + 2 * seed}) for seed in range(2)),
+        *(of("bf16", 1.0, seed, further={"letters": 9.0} if seed else {}) for seed in range(2)),
+        of("int8", 1.0),
+    ]
+    found = content(records)
+    assert found["groups"][0]["further"] == ["letters"]
+    shown = {name: one["further"][0] for name, one in recipes(found).items()}
+    assert shown["fp32"] == {"mean": 10.5, "std": 0.5**0.5, "gap": None, "lacking": 0}
+    assert shown["luq"] == {"mean": 13.0, "std": 2**0.5, "gap": 2.5, "lacking": 0}
+    assert shown["bf16"] == {"mean": 9.0, "std": None, "gap": None, "lacking": 1}
+    assert shown["int8"] == {"mean": None, "std": None, "gap": None, "lacking": 1}
+    assert recipes(content(group()))["fp32"]["further"] == []
+
+
 def test_times_of_other_machines_are_not_compared():
     """Where the baseline ran on another machine there is no ratio of times."""
     records = [of("fp32", 1.0), of("luq", 1.0, machine={"cpu": "another", "threads": 2})]

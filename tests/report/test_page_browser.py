@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 DRAWN = ".js-plotly-plot"
 
 
+def mixed() -> list[Record]:
+    """Two recipes of which one was run by two commits, with a second measure."""
+    first, second = ({"revision": letter * 40, "dirty": False} for letter in "ab")
+    return [
+        *(of("fp32", 90.0, seed, further={"letters": 4.0}, commit=first) for seed in range(2)),
+        *(of("luq", 91.0, seed, further={"letters": 5.5}, commit=(first, second)[seed]) for seed in range(2)),
+    ]
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Writes a page of some of the made-up records, each once, and gives its address."""
@@ -31,6 +40,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         "large": large,
         "hostile": hostile,
         "both": lambda: [*group(), *large(6, 40)],
+        "mixed": mixed,
         "many": lambda: [of(f"recipe_number_{i}", 90.0 + i, seed) for i in range(22) for seed in range(3)],
     }
 
@@ -187,6 +197,16 @@ def test_the_numbers_of_the_table(page: Page, address) -> None:
     page.goto(address("group"))
     cells = page.locator("section table").first.locator("tbody tr").nth(2).locator("td").all_inner_texts()
     assert cells == ["3", "97.10 ± 0.10", "−2.00", "−2.00 to −2.00", "", "worse"]
+
+
+def test_other_measures_and_commits_have_their_recipes(page: Page, address) -> None:
+    """A second measure stands behind the reading, and which commit ran what is listed where there are several."""
+    page.goto(address("mixed"))
+    table = page.locator("section table").first
+    assert table.locator("th").all_inner_texts()[-3] == "Letters"
+    assert table.locator("tbody tr").nth(1).locator("td").last.inner_text() == "5.50 ± 0.00 (+1.50)"
+    ran = page.get_by_role("list", name="Commits").locator("li").all_inner_texts()
+    assert ran == ["fp32: seeds 0, 1 at aaaaaaa", "luq: seed 0 at aaaaaaa; seed 1 at bbbbbbb"]
 
 
 def test_dark_and_back(page: Page, address) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,31 @@ from ..lab.compare import Comparison, summarize
 from ..lab.record import Record, RecordError, read
 from .provenance import machine, revision
 
-__all__ = ["Group", "gather", "groups"]
+__all__ = ["Further", "Group", "gather", "groups"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Further:
+    """One of a recipe's measures besides its task's metric.
+
+    Attributes:
+        values: of the runs that have it.
+        runs: how many runs there are; where some lack it there is no gap.
+        gap: the mean minus the baseline's; None for the baseline, and where some of its runs lack it.
+    """
+
+    values: Sequence[float]
+    runs: int
+    gap: float | None
+
+    @classmethod
+    def of(cls, name: str, own: Sequence[Record], base: Sequence[Record]) -> Further:
+        """That measure of a recipe's runs, compared with the baseline's."""
+        values, compared = ([r.further[name] for r in part if name in r.further] for part in (own, base))
+        whole = len(values) == len(own) and len(compared) == len(base)
+        comparable = values and whole and own[0].recipe != base[0].recipe
+        gap = statistics.fmean(values) - statistics.fmean(compared) if comparable else None
+        return cls(values=values, runs=len(own), gap=gap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +79,11 @@ class Group:
     def seeds(self) -> list[int]:
         """All seeds, each once."""
         return sorted({r.seed for r in self.records})
+
+    @property
+    def further(self) -> list[str]:
+        """Names of what was measured besides the metric, in any run."""
+        return list(dict.fromkeys(name for r in self.records for name in r.further))
 
     @property
     def command(self) -> str:

@@ -17,7 +17,7 @@ from ..lab import tasks
 from ..lab.compare import Comparison
 from ..lab.record import Record
 from ..own import is_own
-from .groups import Group, groups
+from .groups import Further, Group, groups
 from .paper import PAPER, Published, beside
 from .provenance import command, machine, runs, shared
 
@@ -133,7 +133,6 @@ def _table(group: Group, result: Comparison, paper: Published | None) -> list[st
     of = {name: [r for r in result.records if r.recipe == name] for name in result.summary}
     first, base = group.records[0], of[result.baseline]
     unit = f" ({first.unit})" if first.unit else ""
-    others = dict.fromkeys(name for r in group.records for name in r.further)
     columns: dict[str, list[str]] = {
         "recipe": [f"`{name}`" for name in of],
         f"{first.metric}{unit}": [_mean([r.value for r in own]) for own in of.values()],
@@ -145,7 +144,7 @@ def _table(group: Group, result: Comparison, paper: Published | None) -> list[st
             f"{entry.paired.low:+.2f} to {entry.paired.high:+.2f}" if entry.paired else ""
             for entry in result.summary.values()
         ],
-        **{other: [_other(other, own, base) for own in of.values()] for other in others},
+        **{other: [_other(Further.of(other, own, base)) for own in of.values()] for other in group.further},
         "paper (gap)": ["" if paper is None else paper.cell(name) for name in of],
         "kept": [
             "" if entry.saved_bytes_ratio is None else f"{entry.saved_bytes_ratio:.2f}×"
@@ -164,16 +163,13 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def _other(name: str, own: Sequence[Record], base: Sequence[Record]) -> str:
+def _other(found: Further) -> str:
     """A recipe's second metric, its gap to the baseline in brackets; where some runs lack it that is said instead."""
-    values, compared = ([r.further[name] for r in part if name in r.further] for part in (own, base))
-    if not values:
+    if not found.values:
         return ""
-    if len(values) < len(own):
-        return f"{_mean(values)} ({len(values)} of {len(own)} runs)"
-    with_gap = own[0].recipe != base[0].recipe and len(compared) == len(base)
-    gap = f" ({statistics.fmean(values) - statistics.fmean(compared):+.2f})" if with_gap else ""
-    return f"{_mean(values)}{gap}"
+    if len(found.values) < found.runs:
+        return f"{_mean(found.values)} ({len(found.values)} of {found.runs} runs)"
+    return _mean(found.values) + ("" if found.gap is None else f" ({found.gap:+.2f})")
 
 
 def _worse(result: Comparison, paper: Published | None, *, higher: bool) -> str | None:

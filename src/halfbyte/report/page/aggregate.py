@@ -12,7 +12,8 @@ from typing import Any
 from ...lab import tasks
 from ...lab.compare import Summary, summarize, timed_alike
 from ...lab.record import Record
-from ..groups import Group, groups
+from ..groups import Further, Group, groups
+from ..provenance import runs
 from .layers import bins, formats_used, layer_view, mean_of
 from .modeled import modeled
 
@@ -108,9 +109,11 @@ def _group(group: Group, going: dict[int, Running], *, with_model: bool) -> dict
         "higher": first.higher_is_better,
         "baseline": baseline,
         "seeds": group.seeds,
+        "further": group.further,
         "recipes": [
             _recipe(name, [r for r in finished if r.recipe == name], summary.get(name, Summary()), base)
             | {"about": _about(group, name), "running": _running(group, name, going)}
+            | {"further": _further(group, [r for r in finished if r.recipe == name], base)}
             for name in group.recipes
         ],
         "curves": _curves(group),
@@ -143,8 +146,23 @@ def _recipe(name: str, own: list[Record], entry: Summary, base: list[Record]) ->
         "peak": mean_of(r.peak_bytes or None for r in own),
         "step_ratio": _slower(own, base) if timed_alike(own, base) else None,
         "time_ratio": entry.time_ratio,
+        "runs": runs(own),
         "nonfinite": sum(sum(r.nonfinite.values()) for r in own),
     }
+
+
+def _further(group: Group, own: list[Record], base: list[Record]) -> list[dict[str, Any]]:
+    """What was measured besides the metric, an entry for each name in the group."""
+    found = [Further.of(name, own, base) for name in group.further]
+    return [
+        {
+            "mean": mean_of(one.values),
+            "std": statistics.stdev(one.values) if len(one.values) > 1 else None,
+            "gap": one.gap,
+            "lacking": one.runs - len(one.values),
+        }
+        for one in found
+    ]
 
 
 def _slower(own: list[Record], base: list[Record]) -> float:

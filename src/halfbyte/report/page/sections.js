@@ -9,7 +9,7 @@ function headline(group) {
     ["Judged by", `${withUnit(group)}; ${group.higher ? "higher" : "lower"} is better`],
     ["Recipes", Words.list(group.recipes.map((r) => r.name))],
     ["Seeds", group.seeds.join(", ")],
-    ["Commit", group.made.commits.join(", ")],
+    ["Commit", group.made.commits.length > 2 ? `${group.made.commits.length}, listed below` : group.made.commits.join(", ")],
     ["Machine", group.made.machines.join("; ")],
   ];
   const more = [
@@ -71,8 +71,13 @@ function gaps(group) {
   const paired = ends.length > 0;
   const reach = [Math.min(0, ...ends), Math.max(0, ...ends)];
   if (reach[0] === reach[1]) reach[1] = reach[0] + 1;
+  const spread = (one) => Words.fixed(one.mean) + (one.std === null ? "" : ` ± ${Words.fixed(one.std)}`);
+  const measured = (one, runs) => {
+    if (one.mean === null) return "";
+    if (one.lacking) return `${spread(one)} (${runs - one.lacking} of ${Words.counted(runs, "run")})`;
+    return spread(one) + (one.gap === null ? "" : ` (${Words.signed(one.gap)})`);
+  };
   const row = (r) => {
-    const mean = Words.fixed(r.mean) + (r.std === null ? "" : ` ± ${Words.fixed(r.std)}`);
     const between = r.paired ? `${Words.signed(r.paired[1])} to ${Words.signed(r.paired[2])}` : "";
     const broken = r.nonfinite ? ` (${Words.counted(r.nonfinite, "tensor")} held NaN or infinity)` : "";
     return el(
@@ -80,16 +85,17 @@ function gaps(group) {
       {},
       el("th", { scope: "row", class: "nowrap" }, swatch(group, r.name), " ", el("code", { title: r.about }, r.name)),
       number(String(r.seeds.length), { class: "number wide" }),
-      number(mean),
+      number(spread(r)),
       number(r.gap === null ? "" : Words.signed(r.gap)),
       paired ? number(between) : null,
       paired ? el("td", { class: "wide" }, r.paired ? interval(r.paired, reach, group, r.name) : "") : null,
       el("td", { class: "nowrap" }, reading(r, group) + broken),
+      r.further.map((one) => number(measured(one, r.seeds.length))),
     );
   };
   const names = [["Recipe"], ["Seeds", "number wide"], [withUnit(group), "number"], [`Gap to ${group.baseline}`, "number"]];
   if (paired) names.push(["95 % interval", "number"], ["", "wide empty"]);
-  names.push(["Reading"]);
+  names.push(["Reading"], ...group.further.map((name) => [name[0].toUpperCase() + name.slice(1), "number"]));
   const about = paired
     ? "Mean ± sample standard deviation over seeds. The interval is Student's, of the difference seed by seed."
     : "Mean ± sample standard deviation over seeds. From three seeds on the difference gets an interval.";
@@ -260,6 +266,10 @@ function modeled(group) {
 }
 
 function made(group) {
+  const told = [...group.made.versions, ...group.made.machines];
+  const mixed = group.made.commits.length > 1;
+  if (!mixed) told.push(`commit ${group.made.commits[0]}`);
+  const ran = group.recipes.filter((r) => r.runs).map((r) => el("li", {}, `${r.name}: ${r.runs}`));
   const settings = Object.entries(group.made.settings)
     .filter(([, value]) => value !== null && value !== "" && value !== 0 && !(Array.isArray(value) && !value.length))
     .map(([name, value]) => `${name.replace(/_/g, " ")} ${value}`);
@@ -269,7 +279,8 @@ function made(group) {
       "div",
       { class: "made quiet" },
       el("code", {}, group.made.command),
-      el("p", {}, [...group.made.versions, ...group.made.machines, `commit ${group.made.commits.join(", ")}`].join("; ")),
+      el("p", {}, told.join("; ")),
+      mixed ? el("ul", { "aria-label": "Commits" }, ran) : null,
       el("p", {}, settings.join(", ")),
       group.notes.length ? el("ul", {}, group.notes.map((note) => el("li", {}, note))) : null,
     ),
