@@ -244,6 +244,44 @@ def test_torchrun_compares_by_the_command(tmp_path: Path) -> None:
     assert [record.read(tmp_path / path).machine["world_size"] for path in records] == [2, 2]
 
 
+READS_LATE = """
+import sys
+import time
+
+from halfbyte import distributed
+from halfbyte.cli import main
+from halfbyte.lab import checkpoint
+
+content = checkpoint._content
+
+
+def late(*given):
+    time.sleep(3 * distributed.rank())
+    return content(*given)
+
+
+checkpoint._content = late
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_when_all_have_read_it(tmp_path: Path) -> None:
+    """A rank that finds the damage first does not take the file away from one that is about to open it."""
+    (tmp_path / "late.py").write_text(READS_LATE)
+    folder = tmp_path / "runs" / "digits-mlp-smoke-fp32-seed0"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(b"no checkpoint")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "late.py"]
+    words = ["compare", "digits", "--recipes", "fp32", "--seeds", "1", "--model", "mlp", "--size", "smoke"]
+    done = subprocess.run(
+        [*torchrun, *words], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert record.read(folder / "record.json").machine["world_size"] == 2
+
+
 def test_a_strategy_without_company_is_refused() -> None:
     """One process alone cannot share its work, and a strategy that does not exist is named."""
     with pytest.raises(HalfbyteError, match=r"but this process trains alone.*Start several: torchrun"):

@@ -101,6 +101,7 @@ def _set_aside(run: Run, folder: Path, note: Note) -> None:
 
     It may be hours of work, of code to which somebody returns, and this run has nothing yet to put in its place.
     """
+    ranks.together()  # Another rank may still be reading what this one could not use.
     if distributed.rank() != 0:
         return
     number = 1 + max((int(path.suffix.removeprefix(".old")) for path in _aside(folder)), default=0)

@@ -53,6 +53,7 @@ __all__ = [
     "share",
     "stacked",
     "summed",
+    "together",
     "total",
     "whole",
     "wrapped",
@@ -195,6 +196,12 @@ def _all(value: T) -> list[T]:
     held: list[Any] = [None] * ranks()
     dist.all_gather_object(held, value)
     return held
+
+
+def together() -> None:
+    """Waits until every rank is here."""
+    if ranks() > 1:
+        dist.barrier()
 
 
 def total(*values: float) -> tuple[float, ...]:
