@@ -3,13 +3,21 @@
 import torch
 
 import halfbyte as hb
-from halfbyte.lab.models import digits, language, resnet, translation
+from halfbyte.lab.models import digits, language, resnet, speech, translation
 
 WORDS = torch.tensor([[1, 7, 3, 9, 2, 4], [5, 2, 8, 1, 6, 0], [3, 3, 9, 2, 0, 0]])
 NETWORKS = {
     "mlp": (digits.mlp, lambda: (torch.randn(3, 1, 8, 8),)),
     "resnet20": (resnet.resnet20, lambda: (torch.randn(2, 3, 8, 8),)),
     "lstm": (lambda: language.LSTMModel(10, width=8), lambda: (WORDS,)),
+    "recognizer": (
+        lambda: speech.Recognizer(6, 5, width=8, layers=2, dropout=0.0),
+        lambda: (torch.randn(3, 4, 6),),
+    ),
+    "listener": (
+        lambda: speech.Listener(6, 5, width=8, layers=1, dropout=0.0),
+        lambda: (torch.randn(3, 4, 6),),
+    ),
     "transformer": (
         lambda: translation.Transformer(10, pad=0, width=8, layers=1, heads=2, inner=16, dropout=0.0),
         lambda: (WORDS, WORDS),

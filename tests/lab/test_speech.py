@@ -147,14 +147,24 @@ def test_a_recognizer_does_not_hear_padding(recipe):
     """However much fills up the utterances of a batch, their logits and all gradients are the same, bit for bit."""
     lengths_N, found = torch.tensor([3, 7, 5]), []
     for steps in (7, 12):
-        torch.manual_seed(1)
-        model, frames_NTF = listening(Recognizer, recipe), filled(torch.randn(3, 7, 6), lengths_N, steps)
-        logits_NTK = model(frames_NTF, lengths_N)
+        model = listening(Recognizer, recipe)
+        logits_NTK = model(filled(torch.randn(3, 7, 6), lengths_N, steps), lengths_N)
         assert logits_NTK.shape == (3, steps, 5)
         logits = torch.cat([row[:length] for row, length in zip(logits_NTK, lengths_N, strict=True)])
         logits.square().sum().backward()
         found.append([logits, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Recognizer, Listener])
+def test_an_utterance_is_heard_as_if_alone(kind):
+    """In a batch with longer ones an utterance has the logits that it has by itself, in double precision."""
+    lengths_N, model = torch.tensor([3, 7, 5]), listening(kind).double()
+    frames_NTF = filled(torch.randn(3, 7, 6, dtype=torch.float64), lengths_N, 7)
+    together = model(frames_NTF, lengths_N)
+    for n, length in enumerate(lengths_N):
+        alone = model(frames_NTF[n : n + 1, :length])
+        torch.testing.assert_close(together[n, :length] if kind is Recognizer else together[n], alone[0])
 
 
 def test_a_listener_does_not_hear_padding():

@@ -23,11 +23,12 @@ DRAWN = ".js-plotly-plot"
 
 
 def mixed() -> list[Record]:
-    """Two recipes of which one was run by two commits, with a second measure."""
+    """Three recipes: one was run by two commits, and of one a run lacks the second measure."""
     first, second = ({"revision": letter * 40, "dirty": False} for letter in "ab")
     return [
         *(of("fp32", 90.0, seed, further={"letters": 4.0}, commit=first) for seed in range(2)),
         *(of("luq", 91.0, seed, further={"letters": 5.5}, commit=(first, second)[seed]) for seed in range(2)),
+        *(of("nvfp4", 92.0, seed, further={"letters": 6.0} if seed else {}, commit=first) for seed in range(2)),
     ]
 
 
@@ -203,10 +204,13 @@ def test_other_measures_and_commits_have_their_recipes(page: Page, address) -> N
     """A second measure stands behind the reading, and which commit ran what is listed where there are several."""
     page.goto(address("mixed"))
     table = page.locator("section table").first
-    assert table.locator("th").all_inner_texts()[-3] == "Letters"
-    assert table.locator("tbody tr").nth(1).locator("td").last.inner_text() == "5.50 ± 0.00 (+1.50)"
+    assert table.locator("thead th").last.inner_text() == "Letters, %"
+    last = [row.locator("td").last.inner_text() for row in table.locator("tbody tr").all()]
+    assert last == ["4.00 ± 0.00", "5.50 ± 0.00 (+1.50)", "6.00 (1 of 2 runs)"]
+    assert "2, listed below" in page.locator("dl.facts").inner_text()
     ran = page.get_by_role("list", name="Commits").locator("li").all_inner_texts()
-    assert ran == ["fp32: seeds 0, 1 at aaaaaaa", "luq: seed 0 at aaaaaaa; seed 1 at bbbbbbb"]
+    expected = ["fp32: seeds 0, 1 at aaaaaaa", "luq: seed 0 at aaaaaaa; seed 1 at bbbbbbb"]
+    assert ran == [*expected, "nvfp4: seeds 0, 1 at aaaaaaa"]
 
 
 def test_dark_and_back(page: Page, address) -> None:

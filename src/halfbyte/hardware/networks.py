@@ -67,11 +67,6 @@ def _sentences(length: int) -> Inputs:
     return lambda count: (*_symbols(length)(count), torch.full((count,), length, dtype=torch.int64, device="meta"))
 
 
-def _frames(frames: int, numbers: int) -> Inputs:
-    """Frames of sound, all of them real."""
-    return lambda count: (torch.empty(count, frames, numbers, device="meta"),)
-
-
 _IMAGENET, _CIFAR = _floats(3, 224, 224), _floats(3, 32, 32)
 
 
@@ -139,13 +134,13 @@ NETWORKS: Mapping[str, Example] = MappingProxyType(
         "an4": Example(
             what="bidirectional LSTM of 4 x 128, 45 stacks of 6 x 40 mel bands",
             network=partial(speech.Recognizer, 240, 29, width=128, layers=4, dropout=0.2),
-            inputs=_frames(45, 240),
+            inputs=_floats(45, 240),
             batch=8,
         ),
         "fsdd": Example(
             what="bidirectional LSTM of 2 x 64, 22 stacks of 2 x 40 mel bands",
             network=partial(speech.Listener, 80, 10, width=64, layers=2, dropout=0.2),
-            inputs=_frames(22, 80),
+            inputs=_floats(22, 80),
             batch=50,
         ),
     }

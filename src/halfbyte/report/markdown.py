@@ -94,7 +94,8 @@ _HEAD = """# Results
 Every number here is from a record; `halfbyte report` makes this page of them. A gap is a recipe's mean minus that of
 `fp32`, trained from the same initial weights on the same batches. No epoch is chosen by its result: the last one
 counts. The paper is Sun et al., NeurIPS 2020, tables 1 and 3: its value stands beside ours, the gap to its own FP32 in
-brackets. Where our network or data is not its own, compare gaps and not values.
+brackets. Where our network or data is not its own, compare gaps and not values. Behind a second measure its gap stands
+in brackets, too.
 
 What is kept for the backward pass is a multiple of the baseline's. The last column names the runs of a row, by their
 seeds and the commit of the code. Rows of different commits may differ in more than their recipes.
@@ -144,7 +145,7 @@ def _table(group: Group, result: Comparison, paper: Published | None) -> list[st
             f"{entry.paired.low:+.2f} to {entry.paired.high:+.2f}" if entry.paired else ""
             for entry in result.summary.values()
         ],
-        **{other: [_other(Further.of(other, own, base)) for own in of.values()] for other in group.further},
+        **{f"{name}{unit}": [_other(Further.of(name, own, base)) for own in of.values()] for name in group.further},
         "paper (gap)": ["" if paper is None else paper.cell(name) for name in of],
         "kept": [
             "" if entry.saved_bytes_ratio is None else f"{entry.saved_bytes_ratio:.2f}×"

@@ -41,7 +41,8 @@ def mask_bands(
         frames_NTF: a batch, each frame made of ``stack`` successive ones with the same bands.
         generator: decides, on the CPU.
         stack: how many frames one is made of; a mask of time covers whole stacks, one of frequency all in a stack.
-        time: frames, before stacking, of the longest stretch of time; never more than a fifth of an utterance.
+        time: frames, before stacking, of the longest stretch of time; never more than a fifth of the batch's longest
+            utterance, and anywhere in its length, so that a mask may lie behind the end of a shorter one.
         bands: bands of the widest stretch of frequency, less one.
     """
     count, frames, width = frames_NTF.shape

@@ -31,10 +31,11 @@ class _Recurrent(nn.Module):
         self.head = nn.Linear(2 * width, outputs)
 
     def read(self, frames_NTF: Tensor, lengths_N: Tensor | None) -> Tensor | PackedSequence:
-        """What the last LSTM says of each frame, 2 D numbers: (N, T, 2 D) without lengths, else the real frames.
+        """What the last LSTM says of each frame, after dropout: (N, T, 2 D), or with lengths the real frames, packed.
 
         What fills up an utterance is left out, not only ignored afterwards: the backward direction would begin in it,
-        and an utterance would be heard by how long the longest of its batch is.
+        and the longest utterance of a batch would decide what is heard of the others. Nor do the clips and scales of a
+        recipe see it.
         """
         if lengths_N is None:
             dropped_NTD: Tensor = self.drop(self.lstm(frames_NTF)[0])
@@ -55,7 +56,8 @@ class Recognizer(_Recurrent):
 
         Args:
             frames_NTF: frames, filled up at their ends with anything.
-            lengths_N: frames of each utterance, at least 1; None where all have T.
+            lengths_N: frames of each utterance, at least 1; None where all have T, and for a trace or a graph, which
+                cannot hold what depends on them.
         """
         y = self.read(frames_NTF, lengths_N)
         if isinstance(y, Tensor):
@@ -72,13 +74,14 @@ class Listener(_Recurrent):
 
         Args:
             frames_NTF: frames, filled up at their ends with anything.
-            lengths_N: frames of each utterance, at least 1; None where all have T.
+            lengths_N: frames of each utterance, at least 1; None where all have T, and for a trace or a graph, which
+                cannot hold what depends on them.
         """
         y = self.read(frames_NTF, lengths_N)
         steps = frames_NTF.shape[1]
         y_NTD = y if isinstance(y, Tensor) else _filled_up(y, steps)
-        frames_N1 = steps if lengths_N is None else lengths_N[:, None]
-        logits_NK: Tensor = self.head(y_NTD.sum(1) / frames_N1)
+        count = steps if lengths_N is None else lengths_N[:, None]
+        logits_NK: Tensor = self.head(y_NTD.sum(1) / count)
         return logits_NK
 
 

@@ -114,6 +114,7 @@ def _group(group: Group, going: dict[int, Running], *, with_model: bool) -> dict
             _recipe(name, [r for r in finished if r.recipe == name], summary.get(name, Summary()), base)
             | {"about": _about(group, name), "running": _running(group, name, going)}
             | {"further": _further(group, [r for r in finished if r.recipe == name], base)}
+            | {"runs": runs([r for r in group.records if r.recipe == name])}
             for name in group.recipes
         ],
         "curves": _curves(group),
@@ -146,7 +147,6 @@ def _recipe(name: str, own: list[Record], entry: Summary, base: list[Record]) ->
         "peak": mean_of(r.peak_bytes or None for r in own),
         "step_ratio": _slower(own, base) if timed_alike(own, base) else None,
         "time_ratio": entry.time_ratio,
-        "runs": runs(own),
         "nonfinite": sum(sum(r.nonfinite.values()) for r in own),
     }
 

@@ -2,6 +2,7 @@
 /* The parts of a group in the order of the page; what concerns layers is in layers.js. */
 
 const withUnit = (group) => (group.unit ? `${group.metric}, ${group.unit}` : group.metric);
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function headline(group) {
   const facts = [
@@ -9,7 +10,7 @@ function headline(group) {
     ["Judged by", `${withUnit(group)}; ${group.higher ? "higher" : "lower"} is better`],
     ["Recipes", Words.list(group.recipes.map((r) => r.name))],
     ["Seeds", group.seeds.join(", ")],
-    ["Commit", group.made.commits.length > 2 ? `${group.made.commits.length}, listed below` : group.made.commits.join(", ")],
+    ["Commit", group.made.commits.length > 1 ? `${group.made.commits.length}, listed below` : group.made.commits[0]],
     ["Machine", group.made.machines.join("; ")],
   ];
   const more = [
@@ -95,14 +96,15 @@ function gaps(group) {
   };
   const names = [["Recipe"], ["Seeds", "number wide"], [withUnit(group), "number"], [`Gap to ${group.baseline}`, "number"]];
   if (paired) names.push(["95 % interval", "number"], ["", "wide empty"]);
-  names.push(["Reading"], ...group.further.map((name) => [name[0].toUpperCase() + name.slice(1), "number"]));
+  names.push(["Reading"], ...group.further.map((name) => [withUnit({ ...group, metric: capital(name) }), "number"]));
   const about = paired
     ? "Mean ± sample standard deviation over seeds. The interval is Student's, of the difference seed by seed."
     : "Mean ± sample standard deviation over seeds. From three seeds on the difference gets an interval.";
   const head = headings(names);
   if (paired) head.querySelector("th.empty").replaceWith(el("td", { class: "wide" }));
   const table = el("table", { class: paired ? null : "fit" }, head, el("tbody", {}, finished.map(row)));
-  return [el("p", { class: "quiet" }, about), scrolling(`Results of ${group.task}, ${group.model}`, table)];
+  const more = group.further.length ? ` In brackets behind ${Words.list(group.further)}: the gap.` : "";
+  return [el("p", { class: "quiet" }, about + more), scrolling(`Results of ${group.task}, ${group.model}`, table)];
 }
 
 /* The end is what counts, and the beginning hides it. */
@@ -140,7 +142,7 @@ function curves(group, id, state) {
   const draw = (curve) => {
     const ends = Object.entries(curve.data[state.on] || {}).map(([n, line]) => `${n} ${Words.fixed(line.mean.at(-1))}`);
     const unit = curve.label === group.metric && group.unit ? `, ${group.unit}` : "";
-    const title = curve.label.charAt(0).toUpperCase() + curve.label.slice(1) + unit;
+    const title = capital(curve.label) + unit;
     return figure(title, `${title} by epoch. At the end: ${ends.join(", ")}.`, make(curve));
   };
   charts.append(...group.curves.map(draw));
@@ -269,7 +271,7 @@ function made(group) {
   const told = [...group.made.versions, ...group.made.machines];
   const mixed = group.made.commits.length > 1;
   if (!mixed) told.push(`commit ${group.made.commits[0]}`);
-  const ran = group.recipes.filter((r) => r.runs).map((r) => el("li", {}, `${r.name}: ${r.runs}`));
+  const ran = group.recipes.map((r) => el("li", {}, `${r.name}: ${r.runs}`));
   const settings = Object.entries(group.made.settings)
     .filter(([, value]) => value !== null && value !== "" && value !== 0 && !(Array.isArray(value) && !value.length))
     .map(([name, value]) => `${name.replace(/_/g, " ")} ${value}`);
