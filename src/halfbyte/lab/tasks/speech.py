@@ -110,7 +110,7 @@ def _network(
 
 # Settings of both tasks are ours, in every size: Sun et al. name four bidirectional layers for speech and no setting.
 # ``full`` is a wider network, and longer training at a lower rate.
-# Small batches: CTC says nothing but blanks for the first 700 steps, however many utterances are in one.
+# Small batches: CTC says nothing but blanks for some 500 steps or more, however many utterances are in one.
 _AN4 = Settings(
     epochs=50,
     batch_size=8,
