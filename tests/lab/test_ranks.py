@@ -222,20 +222,26 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def compared(folder: Path, start: list[str], recipes: str) -> subprocess.CompletedProcess[str]:
+    """What two processes say of a comparison of small runs on the digits, started by torchrun in a folder."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["compare", "digits", "--recipes", recipes, "--seeds", "1", "--model", "mlp", "--size", "smoke"]
+    done = subprocess.run(
+        [*torchrun, *start, *words], env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @needs_gloo
 @pytest.mark.slow
 def test_torchrun_compares_by_the_command(tmp_path: Path) -> None:
     """Two processes share each run of a comparison and write its record once; a second call trains nothing."""
     (tmp_path / "told.py").write_text(WRITES_TOLD)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = ["compare", "digits", "--recipes", "fp32,ibm2020", "--seeds", "1", "--model", "mlp", "--size", "smoke"]
     records = [Path("runs") / f"digits-mlp-smoke-{name}-seed0" / "record.json" for name in ("fp32", "ibm2020")]
     written = []
     for start in (["told.py"], ["-m", "halfbyte"]):
-        done = subprocess.run(
-            [*torchrun, *start, *words], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr
+        done = compared(tmp_path, start, "fp32,ibm2020")
         assert done.stdout.count("accuracy on the test data") == 1
         assert done.stdout.count("is done already; its record is used.") == (0 if start == ["told.py"] else 2)
         written.append([(path.stat().st_ino, path.read_bytes()) for path in map(tmp_path.joinpath, records)])
@@ -273,12 +279,7 @@ def test_a_damaged_checkpoint_is_set_aside_when_all_have_read_it(tmp_path: Path)
     folder = tmp_path / "runs" / "digits-mlp-smoke-fp32-seed0"
     folder.mkdir(parents=True)
     (folder / "last.ckpt").write_bytes(b"no checkpoint")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "late.py"]
-    words = ["compare", "digits", "--recipes", "fp32", "--seeds", "1", "--model", "mlp", "--size", "smoke"]
-    done = subprocess.run(
-        [*torchrun, *words], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    compared(tmp_path, ["late.py"], "fp32")
     assert record.read(folder / "record.json").machine["world_size"] == 2
 
 

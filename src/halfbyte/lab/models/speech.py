@@ -70,13 +70,7 @@ class Listener(_Recurrent):
     """From frames to one class for the utterance: the mean over its frames decides."""
 
     def forward(self, frames_NTF: Tensor, lengths_N: Tensor | None = None) -> Tensor:
-        """Logits (N, K).
-
-        Args:
-            frames_NTF: frames, filled up at their ends with anything.
-            lengths_N: frames of each utterance, at least 1; None where all have T, and for a trace or a graph, which
-                cannot hold what depends on them.
-        """
+        """Logits (N, K), of what `Recognizer.forward` takes."""
         y = self.read(frames_NTF, lengths_N)
         steps = frames_NTF.shape[1]
         y_NTD = y if isinstance(y, Tensor) else _filled_up(y, steps)

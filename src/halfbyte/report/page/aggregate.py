@@ -112,9 +112,12 @@ def _group(group: Group, going: dict[int, Running], *, with_model: bool) -> dict
         "further": group.further,
         "recipes": [
             _recipe(name, [r for r in finished if r.recipe == name], summary.get(name, Summary()), base)
-            | {"about": _about(group, name), "running": _running(group, name, going)}
-            | {"further": _further(group, [r for r in finished if r.recipe == name], base)}
-            | {"runs": runs([r for r in group.records if r.recipe == name])}
+            | {
+                "about": _about(group, name),
+                "running": _running(group, name, going),
+                "further": _further(group, [r for r in finished if r.recipe == name], base),
+                "runs": runs([r for r in group.records if r.recipe == name]),
+            }
             for name in group.recipes
         ],
         "curves": _curves(group),
