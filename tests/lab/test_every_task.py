@@ -63,9 +63,9 @@ def test_the_record_says_what_else_counted(task, packages, further, tmp_path, mo
 
 @pytest.mark.parametrize("task", FILES)
 def test_missing_data_is_a_clear_error(task, tmp_path):
-    """Without its files a task says which, how large a file must be, and where they are published."""
-    size = "" if FILES[task] is mini_speech else r"; expected: [\d,]+ bytes"
-    with pytest.raises(HalfbyteError, match=rf"is missing{size}.*published at https://"):
+    """Without its files a task says which, how much there must be, its digest, and where they are published."""
+    whole = r"[\d,]+ (bytes|recordings).*(SHA-256 [0-9a-f]{64}|MD5 [0-9a-f]{32} \(no SHA-256 of it is published\))"
+    with pytest.raises(HalfbyteError, match=rf"is missing; expected: {whole}.*published at https://"):
         train(task, "fp32", 0, size="smoke", data_dir=tmp_path)
 
 

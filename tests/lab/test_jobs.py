@@ -16,7 +16,7 @@ import pytest
 from lightning_fabric import Fabric
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.lab import checkpoint, record
+from halfbyte.lab import checkpoint, jobs, record
 from halfbyte.lab.compare import compare
 from halfbyte.lab.run import Interrupted
 from halfbyte.lab.trainer import train
@@ -118,11 +118,66 @@ def half(_: Fabric, path: Path, *__: Any) -> None:
 
 
 def test_no_room_for_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where not even the first finds room the error says so, and how much room there is."""
-    monkeypatch.setattr(Fabric, "save", half)
-    with pytest.raises(checkpoint.WriteError, match=r"No space left on device \([\d,]+ bytes are free.*none before"):
-        train(**MLP, size="smoke", out_dir=tmp_path / "run")
+    """Where not even the first finds room the error says so, how much room there is, and a cure that works."""
+    said = r"No space left on device \([\d,]+ bytes are free.*none before.*give the same command\.$"
+    with monkeypatch.context() as patch:
+        patch.setattr(Fabric, "save", half)
+        with pytest.raises(checkpoint.WriteError, match=said):
+            train(**MLP, size="smoke", out_dir=tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+    train(**MLP, size="smoke", out_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "record.json").exists()
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_full_disk_stops_a_comparison_and_the_same_call_goes_on(tmp_path: Path, together: int) -> None:
+    """Runs that find no room in their middle say what is whole; with room the same call takes them up from there."""
+    with contextlib.ExitStack() as disk:
+
+        def watch(step: Any) -> None:
+            if step.done == 30:
+                disk.enter_context(small_files(1000))
+
+        # Another process has the limits that this one had when it was started; there it is full from the beginning.
+        if together > 1:
+            disk.enter_context(small_files(1000))
+        with pytest.raises(HalfbyteError, match=r"last\.ckpt could not be written: File too large.*the same command"):
+            compare(**ASKED, out_dir=tmp_path, jobs=together, progress=watch)
+    steps: list[Any] = []
+    compare(**ASKED, out_dir=tmp_path, jobs=together, progress=steps.append)
+    assert min(step.done for step in steps if step.run.recipe == "fp32") == (24 if together == 1 else 1)
+    assert len(list(tmp_path.glob("*/record.json"))) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_named_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run killed by the system is named, the other is finished, and the same call goes on where it was saved."""
+    started: dict[str, Any] = {}
+    start = jobs._start
+
+    def remember(run: Any, *rest: Any) -> Any:
+        started[run.recipe] = start(run, *rest)
+        return started[run.recipe]
+
+    def watch(step: Any) -> None:
+        if step.run.recipe == "fp32" and step.done == 30:
+            started["fp32"].kill()
+
+    monkeypatch.setattr(jobs, "_start", remember)
+    asked = {**ASKED, "size": "cpu"}
+    with pytest.raises(HalfbyteError, match=r"1 of 2 runs failed.*-fp32-seed0: its process was killed by signal 9"):
+        compare(**asked, out_dir=tmp_path, jobs=2, progress=watch)
+    steps: list[Any] = []
+    compare(**asked, out_dir=tmp_path, jobs=2, progress=steps.append)
+    assert {step.run.recipe for step in steps} == {"fp32"}
+    assert steps[0].done > 1
+
+
+def test_missing_data_stops_a_comparison_before_it_begins(tmp_path: Path) -> None:
+    """A comparison on files that are not there says which and where they are published; no folder is begun."""
+    with pytest.raises(HalfbyteError, match=r"is missing; expected: .*published at https://"):
+        compare("ptb", ["fp32", "bf16"], [0], size="smoke", data_dir=tmp_path / "data", out_dir=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_no_room_for_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,8 +81,9 @@ def test_a_damaged_archive_is_not_the_end(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize(("name", "missing"), [("an4", "etc/an4_train.fileids"), ("fsdd", "recordings/0_george_0.wav")])
 def test_nothing_at_all_names_the_repository(tmp_path, name, missing):
-    """Without any form the error names a file that is missing, and the repository that has it."""
-    with pytest.raises(HalfbyteError, match=rf"{missing} is missing.*published at {REPOSITORIES[name]}"):
+    """Without any form the error names a missing file, how much its part holds, and the repository that has it."""
+    part = r"is missing; expected: [\d,]+ recordings of .*SHA-256 [0-9a-f]{64} over"
+    with pytest.raises(HalfbyteError, match=rf"{missing} {part}.*published at {REPOSITORIES[name]}"):
         LOAD[name](tmp_path)
     with pytest.raises(HalfbyteError, match=rf"--data-dir.*{REPOSITORIES[name]}"):
         LOAD[name](None)
@@ -93,9 +94,7 @@ def test_one_bit_of_fsdd_is_noticed(tmp_path, monkeypatch):
     mini_speech.write(tmp_path, monkeypatch, "published")
     path = tmp_path / "fsdd" / "recordings" / "3_theo_7.wav"
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    with pytest.raises(
-        HalfbyteError, match=r"other recordings of theo than the published ones: SHA-256 \w+ .*expected"
-    ):
+    with pytest.raises(HalfbyteError, match=r"other recordings of theo than the published ones, SHA-256 \w+; expected"):
         speech_files.fsdd(tmp_path)
 
 
@@ -111,7 +110,7 @@ def test_other_texts_of_an4_are_noticed(tmp_path, monkeypatch):
     ):
         before = path.read_bytes()
         path.write_bytes(content)
-        with pytest.raises(HalfbyteError, match=rf"part 'test' {counts}.*expected: 4 of 16,960"):
+        with pytest.raises(HalfbyteError, match=rf"part 'test' {counts}.*expected: 4 recordings of 16,960"):
             speech_files.an4(tmp_path)
         path.write_bytes(before)
 

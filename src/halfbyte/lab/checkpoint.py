@@ -82,12 +82,13 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = "there was none before"
+        kept, again = "there was none before", "the same command"
         if path_in(path.parent).is_file():
             kept = f"the run can go on from the checkpoint before, {path_in(path.parent)}, which is whole"
+            again += f"; halfbyte train needs --resume {path.parent} with it, in place of any --out"
         raise WriteError(
             f"{path} could not be written: {error.strerror or error}{_room(path.parent)}; {kept}. Make room or mend "
-            f"the disk, then give the same command with --resume {path.parent}."
+            f"the disk, then give {again}."
         ) from error
 
 

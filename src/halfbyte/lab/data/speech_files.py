@@ -75,9 +75,13 @@ def an4(folder: Path | None) -> dict[str, list[tuple[Tensor, str]]]:
     read = _reader(folder, "an4", AN4, ("etc", "wav"), cure)
     parts = {}
     for part, (count, length, digest) in AN4_PARTS.items():
+        whole = f"{count:,} recordings of {length:,} samples at 8 kHz and {count:,} texts"
+        whole += f", SHA-256 {digest} over a line for each: name, samples, text"
         lists = [f"etc/an4_{part}.{kind}" for kind in ("fileids", "transcription")]
-        names, lines = (read(path).decode("utf-8", errors="replace").splitlines() for path in lists)
-        heard = [samples(f"an4/wav/{name}.wav", read(f"wav/{name}.wav"), RATE, 2 * RATE, cure=cure) for name in names]
+        names, lines = (read(path, whole).decode("utf-8", errors="replace").splitlines() for path in lists)
+        heard = [
+            samples(f"an4/wav/{name}.wav", read(f"wav/{name}.wav", whole), RATE, 2 * RATE, cure=cure) for name in names
+        ]
         said = [said_in(line) for line in lines]
         found = hashlib.sha256()
         for name, sound, text in zip(names, heard, said, strict=False):
@@ -85,8 +89,7 @@ def an4(folder: Path | None) -> dict[str, list[tuple[Tensor, str]]]:
         if found.hexdigest() != digest or len(names) != len(lines):
             raise HalfbyteError(
                 f"The folder an4 holds for its part {part!r} {len(names):,} recordings of {sum(map(len, heard)):,} "
-                f"samples at 8 kHz and {len(lines):,} texts; expected: {count:,} of {length:,}, with the published "
-                f"names, lengths and texts. {cure}"
+                f"samples at 8 kHz and {len(lines):,} texts, SHA-256 {found.hexdigest()}; expected: {whole}. {cure}"
             )
         parts[part] = list(zip(heard, said, strict=True))
     return parts
@@ -114,12 +117,13 @@ def fsdd(folder: Path | None) -> list[tuple[int, int, Tensor]]:
     recordings = {}
     for speaker, digest in FSDD_SPEAKERS.items():
         said = {f"{digit}_{speaker}_{take}.wav": (digit, take) for digit in range(10) for take in range(FSDD_TAKES)}
-        contents = {name: read(f"recordings/{name}") for name in sorted(said)}
+        whole = f"{len(said)} recordings of {speaker}, SHA-256 {digest} over their names and contents"
+        contents = {name: read(f"recordings/{name}", whole) for name in sorted(said)}
         found = hashlib.sha256(b"".join(name.encode() + content for name, content in contents.items()))
         if found.hexdigest() != digest:
             raise HalfbyteError(
-                f"The folder fsdd holds other recordings of {speaker} than the published ones: SHA-256 "
-                f"{found.hexdigest()} over their names and contents; expected: {digest}. {cure}"
+                f"The folder fsdd holds other recordings of {speaker} than the published ones, SHA-256 "
+                f"{found.hexdigest()}; expected: {whole}. {cure}"
             )
         for name, content in contents.items():
             recordings[name] = (*said[name], samples(f"fsdd/recordings/{name}", content, RATE, cure=cure))
@@ -128,25 +132,30 @@ def fsdd(folder: Path | None) -> list[tuple[int, int, Tensor]]:
 
 def _reader(
     folder: Path | None, name: str, archive: Mapping[str, tuple[int, str]], published: tuple[str, ...], cure: str
-) -> Callable[[str], bytes]:
-    """What reads a file of a set by its path: from the published folders, if one of them is there, or the archive."""
+) -> Callable[[str, str], bytes]:
+    """What reads a file of a set: from the published folders, if one of them is there, or the archive.
+
+    It takes the file's path, and what the part of the set is that the file belongs to, for the error.
+    """
     (packed,) = archive
     home = None if folder is None else folder / name
     begun = home is not None and any((home / part).is_dir() for part in published)
     if home is None or (not begun and (home / packed).exists()):
         files = dict(_members(demand(folder, name, archive, cure=cure) / packed))
-        return files.__getitem__
+        return lambda path, _whole: files[path]
 
-    def read(path: str) -> bytes:
+    def read(path: str, whole: str) -> bytes:
         try:
             return (home / path).read_bytes()
         except FileNotFoundError as error:
             beside = f" {packed} is there, but is read only without the folder {published[0]}."
             raise HalfbyteError(
-                f"{home / path} is missing.{beside if (home / packed).exists() else ''} {cure}"
+                f"{home / path} is missing; expected: {whole}.{beside if (home / packed).exists() else ''} {cure}"
             ) from error
         except OSError as error:
-            raise HalfbyteError(f"{home / path} cannot be read ({error.strerror}). {cure}") from error
+            raise HalfbyteError(
+                f"{home / path} cannot be read ({error.strerror}); expected: {whole}. {cure}"
+            ) from error
 
     return read
 
