@@ -98,7 +98,9 @@ brackets. Where our network or data is not its own, compare gaps and not values.
 in brackets, too.
 
 What is kept for the backward pass is a multiple of the baseline's. The last column names the runs of a row, by their
-seeds and the commit of the code. Rows of different commits may differ in more than their recipes.
+seeds and the commit of the code. Rows of different commits may differ in more than their recipes. To run one again,
+check out its commit and give the command below its table, with `--data-dir DIR` for all but the digits; one thread is
+`OMP_NUM_THREADS=1`.
 
 How long a run took is not here: it says above all what else the machine did meanwhile. Speed is measured side by side,
 in one process (docs/performance.md).

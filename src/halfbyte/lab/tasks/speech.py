@@ -22,7 +22,7 @@ __all__ = ["TASKS", "character_errors", "read_off", "word_errors"]
 
 
 def _learn(network: nn.Module, batch: Batch, _carry: Carry, _settings: Settings) -> Outcome:
-    """CTC (Graves et al., ICML 2006), as a mean over the characters; the score is that of characters right."""
+    """CTC (Graves et al., ICML 2006), a mean over utterances, each by its characters; the score: characters right."""
     frames_NTF, frames_N = batch.inputs
     said_NS, said_N = batch.targets
     logits_NTK = network(frames_NTF, frames_N)
