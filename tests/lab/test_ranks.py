@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -82,6 +83,9 @@ def together(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     questions["cut-by-two"] = {**MLP, "strategy": "fsdp2", "out_dir": "cut-by-two-run", "stop": 30}
     questions["go-on"] = {**MLP, "strategy": "fsdp2", "resume": "cut"}
+    for strategy in ranks.STRATEGIES:
+        questions[f"cut-{strategy}"] = {**MLP, "strategy": strategy, "out_dir": f"cut-{strategy}-run", "stop": 30}
+        questions[f"go-on-{strategy}"] = {**MLP, "strategy": strategy, "resume": f"cut-{strategy}-run"}
     questions["silent"] = {**MLP, "out_dir": "silent-run", "sleep": 30}
     children = start(folder, 2, questions)
     try:
@@ -144,6 +148,16 @@ def test_two_ranks_go_on_with_a_checkpoint_of_one(alone: Path, together: Path) -
 
 @needs_gloo
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ranks.STRATEGIES)
+def test_two_ranks_go_on_with_their_own_checkpoint(strategy: str, together: Path) -> None:
+    """Interrupted, and resumed by as many: the unbroken run's losses, bit for bit, and nothing to warn of."""
+    on = answer(together, f"go-on-{strategy}")
+    assert on["losses"] == answer(together, f"mlp-{strategy}")["losses"][30:]
+    assert on["warnings"] == []
+
+
+@needs_gloo
+@pytest.mark.slow
 def test_one_process_goes_on_with_a_checkpoint_of_two(alone: Path, together: Path, tmp_path: Path) -> None:
     """Ctrl-C on one of two ranks stops both with a checkpoint, from which one process goes on."""
     stopped = answer(together, "cut-by-two")
@@ -179,11 +193,54 @@ def test_a_killed_rank_fails_the_job(alone: Path, tmp_path: Path) -> None:
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr
-    assert "has lost another one" in answer(tmp_path, "mlp")["lost"]
+    lost = answer(tmp_path, "mlp")["lost"]
+    assert "has lost another one" in lost
+    assert "GLHF" not in lost  # What gloo says to its own developers.
     losses = []
     with pytest.warns(UserWarning, match="the processes are 1, not 2"):
         train(**MLP, size="smoke", resume=tmp_path / "run", progress=lambda step: losses.append(step.loss))
     assert losses == pytest.approx(answer(alone, "mlp")["losses"][23:], rel=1e-2)
+
+
+DYING = """
+import os, signal, torch
+from torch import nn
+from halfbyte.lab.tasks import Settings, classification
+
+x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+y = (x[:, 0] > 0).long()
+
+class Network(nn.Sequential):
+    calls = 0
+    def forward(self, batch):
+        self.calls += 1
+        if self.calls == 10 and os.environ.get("RANK") == os.environ.get("DYING"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(batch)
+
+task = classification(lambda: Network(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
+                      train=(x, y), test=(x, y),
+                      settings=Settings(epochs=8, batch_size=16, optimizer="sgd", learning_rate=0.1))
+"""
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", ["0", "1"])
+def test_whichever_process_is_killed_the_command_says_how_to_go_on(dying: str, tmp_path: Path) -> None:
+    """The one that is left says what happened and which command goes on, before torchrun ends it; that command does."""
+    (tmp_path / "dying.py").write_text(DYING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    asked = ["-m", "halfbyte", "train", "dying:task", "--recipe", "ibm2020", "--out", "run", "--no-report"]
+    how: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([*launch, *asked], env=ENVIRONMENT | {"DYING": dying}, **how)
+    assert done.returncode != 0
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("halfbyte: ")]
+    assert f"Process {1 - int(dying)} of 2 (counted from 0) has lost another one" in said
+    again = shlex.split(said.partition(" by: torchrun ")[2])
+    done = subprocess.run([*launch, *again[1:], "--no-report"], env=ENVIRONMENT, **how)
+    assert done.returncode == 0, done.stderr
+    assert len(record.read(tmp_path / "run" / "record.json").curves["test_loss"]) == 8
 
 
 @needs_gloo

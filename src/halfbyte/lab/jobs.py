@@ -47,6 +47,7 @@ class Circumstances:
     strategy: str | None = None
 
 
+@ranks.noticing("The same command goes on, with any number of processes.")
 def finish(run: Run, folder: Path | None, how: Circumstances, progress: Progress | None, note: Note) -> Record:
     """The record of a run: read, resumed or trained.
 

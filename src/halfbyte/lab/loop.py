@@ -324,9 +324,10 @@ class Loop:
         if len(state["generators"]) != distributed.ranks():
             self._part_ways()
             return
-        torch.set_rng_state(state["generators"][distributed.rank()])
+        # A copy: torch 2.13 crashes on a state that lies in the middle of another tensor's storage.
+        torch.set_rng_state(state["generators"][distributed.rank()].clone())
         if state["generators_cuda"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(state["generators_cuda"][distributed.rank()], device)
+            torch.cuda.set_rng_state(state["generators_cuda"][distributed.rank()].clone(), device)
 
     def _changes(self) -> str:
         """Why the rest of a resumed run may differ from an unbroken run; empty where nothing has changed."""

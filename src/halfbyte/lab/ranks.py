@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -125,6 +127,8 @@ def joined(accelerator: str = "cpu", patience_s: float = PATIENCE_S) -> Iterator
 def noticing(cure: str) -> Iterator[None]:
     """Turns the failure of an exchange between ranks into an error that says how to go on.
 
+    After that SIGTERM is ignored: torchrun sends it to those that are left, and this one is to tell what happened.
+
     Args:
         cure: how.
 
@@ -137,6 +141,8 @@ def noticing(cure: str) -> Iterator[None]:
         of_the_net = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
         if ranks() == 1 or isinstance(error, HalfbyteError) or not of_the_net:
             raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise LostRankError(
             f"Process {rank()} of {ranks()} (counted from 0) has lost another one, which has ended or does not answer "
             f"({_reason(error)}). {cure}"
@@ -144,8 +150,9 @@ def noticing(cure: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error of torch's, without the place in its source."""
-    return re.sub(r"\[\S+\.(cc|cpp|h|hpp):\d+\]\s*", "", str(error).splitlines()[0])
+    """The first sentence of an error of torch's, without the place in its source."""
+    line = re.sub(r"\[\S+\.(cc|cpp|h|hpp):\d+\]\s*", "", str(error).splitlines()[0])
+    return re.split(r"\.(?:\s|$)", line)[0]
 
 
 def chosen(strategy: str | None) -> str | None:
