@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from halfbyte.errors import HalfbyteError, UnknownNameError
 from halfbyte.lab import ranks, record
+from halfbyte.lab.compare import compare
 from halfbyte.lab.data.source import Batch
 from halfbyte.lab.trainer import train
 from workers import lab_ranks
@@ -84,8 +85,10 @@ def together(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     questions["cut-by-two"] = {**MLP, "strategy": "fsdp2", "out_dir": "cut-by-two-run", "stop": 30}
     questions["go-on"] = {**MLP, "strategy": "fsdp2", "resume": "cut"}
     for strategy in ranks.STRATEGIES:
-        questions[f"cut-{strategy}"] = {**MLP, "strategy": strategy, "out_dir": f"cut-{strategy}-run", "stop": 30}
-        questions[f"go-on-{strategy}"] = {**MLP, "strategy": strategy, "resume": f"cut-{strategy}-run"}
+        whole = {**TRANSFORMER, "size": "cpu", "strategy": strategy}
+        questions[f"whole-{strategy}"] = {**whole, "out_dir": f"whole-{strategy}-run"}
+        questions[f"cut-{strategy}"] = {**whole, "out_dir": f"cut-{strategy}-run", "stop": 3}
+        questions[f"go-on-{strategy}"] = {**whole, "resume": f"cut-{strategy}-run"}
     questions["silent"] = {**MLP, "out_dir": "silent-run", "sleep": 30}
     children = start(folder, 2, questions)
     try:
@@ -150,9 +153,9 @@ def test_two_ranks_go_on_with_a_checkpoint_of_one(alone: Path, together: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ranks.STRATEGIES)
 def test_two_ranks_go_on_with_their_own_checkpoint(strategy: str, together: Path) -> None:
-    """Interrupted, and resumed by as many: the unbroken run's losses, bit for bit, and nothing to warn of."""
+    """Resumed by as many, each with its own dropout: the unbroken run's losses, bit for bit, and nothing to warn of."""
     on = answer(together, f"go-on-{strategy}")
-    assert on["losses"] == answer(together, f"mlp-{strategy}")["losses"][30:]
+    assert on["losses"] == answer(together, f"whole-{strategy}")["losses"][3:]
     assert on["warnings"] == []
 
 
@@ -214,7 +217,7 @@ class Network(nn.Sequential):
     calls = 0
     def forward(self, batch):
         self.calls += 1
-        if self.calls == 10 and os.environ.get("RANK") == os.environ.get("DYING"):
+        if self.calls == 10 and os.environ["RANK"] == os.environ.get("DYING"):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(batch)
 
@@ -414,3 +417,37 @@ def test_what_is_carried_on_is_gathered_and_dealt(readers: int, as_rank: Any, mo
         ranks.gathered(ranks.dealt(carry), readers)
     monkeypatch.setattr(ranks, "_all", lambda _: parts)
     assert torch.equal(ranks.gathered(ranks.dealt(carry), readers)[0], carry[0])
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (
+            "[../gloo/pair.cc:510] Read error [::1]:4: reset by peer. This is typically caused by a GLHF",
+            "reset by peer",
+        ),
+        ("The server socket has failed to listen. port: 29500, EADDRINUSE, address already in use", "already in use"),
+    ],
+)
+def test_what_torch_says_is_kept_without_what_it_says_to_itself(
+    said: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an error of an exchange the first line is told, but not the place in torch nor gloo's advice to its makers."""
+    monkeypatch.setattr(ranks, "ranks", lambda: 2)
+    with pytest.raises(ranks.LostRankError) as caught, ranks.noticing("Start it again."):
+        raise dist.DistError(f"{said}\nException raised from ...")
+    text = str(caught.value)
+    assert text.endswith(f"{kept}). Start it again.")
+    assert "pair.cc" not in text
+
+
+def test_a_comparison_that_loses_a_process_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the processes only agree on what there is to do: the same command, with as many of them."""
+
+    def lost(value: Any) -> Any:
+        raise RuntimeError(f"gloo: connection closed by peer, {value}")
+
+    monkeypatch.setattr(ranks, "ranks", lambda: 2)
+    monkeypatch.setattr(ranks, "first", lost)
+    with pytest.raises(ranks.LostRankError, match=r"The same command, with as many processes, goes on\.$"):
+        compare("digits", ["fp32"], [0], model="mlp", out_dir=tmp_path)

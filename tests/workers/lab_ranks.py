@@ -34,11 +34,14 @@ PATIENCE_S = 20.0
 
 
 def prepare(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """The captions in miniature, for this process alone; their task without dropout and with shares of 4 and 3 rows."""
+    """The captions in miniature, for this process alone; their task with shares of 4 and 3 rows.
+
+    It is without dropout at ``smoke`` and with it at ``cpu``.
+    """
     mini_translation.write(folder, patch)
     task = tasks.get("multi30k")
     steady = dataclasses.replace(task.settings("smoke"), dropout=0.0, epochs=2, batch_size=7)
-    sizes = MappingProxyType({**task.sizes, "smoke": steady})
+    sizes = MappingProxyType({**task.sizes, "smoke": steady, "cpu": dataclasses.replace(steady, dropout=0.1)})
     patch.setattr(tasks, "TASKS", {**tasks.TASKS, "multi30k": dataclasses.replace(task, sizes=sizes)})
 
 
@@ -50,7 +53,7 @@ def run(question: dict[str, Any], folder: Path) -> dict[str, Any]:
             the last rank is killed or answers no more.
         folder: where relative folders are, and this process's data.
     """
-    question = dict(question)
+    question = {"size": "smoke", **question}
     stop, kill, sleep = (question.pop(what, None) for what in ("stop", "kill", "sleep"))
     last = distributed.rank() == distributed.ranks() - 1
     losses = []
@@ -71,7 +74,7 @@ def run(question: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            done = train(**question, size="smoke", data_dir=folder / f"data{distributed.rank()}", progress=watch)
+            done = train(**question, data_dir=folder / f"data{distributed.rank()}", progress=watch)
         found |= {"value": done.value, "curves": done.curves, "machine": done.machine, "command": done.command}
         found |= {"saved_bytes": done.saved_bytes, "nonfinite": done.nonfinite, "layers": done.layers}
         found["warnings"] = [str(one.message) for one in told if "goes on" in str(one.message)]

@@ -46,7 +46,7 @@ app = typer.Typer(
 
 TASK = "The task: digits, for example, or module:task for one of your own, in the working folder."
 RECIPE = "How numbers are rounded: a recipe (halfbyte recipes), or module:recipe for one of your own."
-SIZE = "How long: smoke (seconds, for tests), cpu (an hour at most on a desk machine) or full (the published setting)."
+SIZE = "How long: smoke (seconds, for tests), cpu (up to an hour or two on a desk) or full (the published setting)."
 MODEL = "Which network of the task; for digits cnn or mlp."
 FINE_TUNE = "Epochs in high precision after the ordinary ones; the weights stay in their format. 0 for none."
 ACCELERATOR = "Where to compute: cpu, cuda, mps or auto."

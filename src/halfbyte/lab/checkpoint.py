@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import shlex
 import shutil
 import struct
 import zipfile
@@ -85,7 +86,7 @@ def writing(path: Path) -> Iterator[None]:
         kept, again = "there was none before", "the same command"
         if path_in(path.parent).is_file():
             kept = f"the run can go on from the checkpoint before, {path_in(path.parent)}, which is whole"
-            again += f"; halfbyte train needs --resume {path.parent} with it, in place of any --out"
+            again += f"; halfbyte train needs --resume {shlex.quote(str(path.parent))} with it, in place of any --out"
         raise WriteError(
             f"{path} could not be written: {error.strerror or error}{_room(path.parent)}; {kept}. Make room or mend "
             f"the disk, then give {again}."

@@ -47,7 +47,7 @@ class Circumstances:
     strategy: str | None = None
 
 
-@ranks.noticing("The same command goes on, with any number of processes.")
+@ranks.noticing("The same command, with as many processes, goes on.")
 def finish(run: Run, folder: Path | None, how: Circumstances, progress: Progress | None, note: Note) -> Record:
     """The record of a run: read, resumed or trained.
 
@@ -57,6 +57,9 @@ def finish(run: Run, folder: Path | None, how: Circumstances, progress: Progress
         how: see there.
         progress: called after every batch.
         note: told what is not trained from its beginning, and why.
+
+    Raises:
+        LostRankError: if another process of the run has ended or does not answer.
     """
 
     def go(out_dir: Path | None = None, resume: Path | None = None) -> Record:

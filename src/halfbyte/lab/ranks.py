@@ -12,12 +12,14 @@ Each function here does nothing, or the obvious, where one process trains alone.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +69,8 @@ STRATEGIES = ("ddp", "fsdp2")
 PATIENCE_S = 300.0
 """How long a rank waits for another in one exchange before it gives the run up."""
 
+_LAST_WORDS_S = 5.0  # torchrun waits for 30 s before it kills.
+
 T = TypeVar("T")
 
 
@@ -78,6 +82,9 @@ class LostRankError(HalfbyteError, RuntimeError):
 def company(environment: Mapping[str, str], accelerator: str) -> Iterator[bool]:
     """Joins the other processes, see `joined`, where ``torchrun`` has started several.
 
+    There SIGTERM ends this process some seconds late, also after an error: torchrun sends it to those that are left of
+    a run, and what has happened is still to be told.
+
     Args:
         environment: of this process, which would tell.
         accelerator: see `joined`.
@@ -85,9 +92,20 @@ def company(environment: Mapping[str, str], accelerator: str) -> Iterator[bool]:
     Yields:
         Whether this process is the one that speaks for all.
     """
-    several = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
-    with joined(accelerator) if several else contextlib.nullcontext():
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        yield True
+        return
+    before = signal.signal(signal.SIGTERM, _end_soon)
+    with joined(accelerator):
         yield rank() == 0
+    signal.signal(signal.SIGTERM, before)
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+    """Ends this process in a while, if it has not come to its end by then."""
+    end = threading.Timer(_LAST_WORDS_S, os._exit, [128 + number])
+    end.daemon = True  # It does not keep a process that is done.
+    end.start()
 
 
 @contextlib.contextmanager
@@ -127,8 +145,6 @@ def joined(accelerator: str = "cpu", patience_s: float = PATIENCE_S) -> Iterator
 def noticing(cure: str) -> Iterator[None]:
     """Turns the failure of an exchange between ranks into an error that says how to go on.
 
-    After that SIGTERM is ignored: torchrun sends it to those that are left, and this one is to tell what happened.
-
     Args:
         cure: how.
 
@@ -141,8 +157,6 @@ def noticing(cure: str) -> Iterator[None]:
         of_the_net = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
         if ranks() == 1 or isinstance(error, HalfbyteError) or not of_the_net:
             raise
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise LostRankError(
             f"Process {rank()} of {ranks()} (counted from 0) has lost another one, which has ended or does not answer "
             f"({_reason(error)}). {cure}"
@@ -150,9 +164,9 @@ def noticing(cure: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of an error of torch's, without the place in its source."""
+    """The first line of an error of torch's, without the place in its source and what gloo says to its developers."""
     line = re.sub(r"\[\S+\.(cc|cpp|h|hpp):\d+\]\s*", "", str(error).splitlines()[0])
-    return re.split(r"\.(?:\s|$)", line)[0]
+    return re.sub(r"\. This is typically caused by .*", "", line)
 
 
 def chosen(strategy: str | None) -> str | None:

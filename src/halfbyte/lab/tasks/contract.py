@@ -21,7 +21,7 @@ from ..data.source import Batch, Data
 __all__ = ["SIZES", "Carry", "Judgment", "Outcome", "Settings", "Task"]
 
 SIZES = ("smoke", "cpu", "full")
-"""For tests (seconds), for a desk (seconds to about an hour), and for a GPU: the published setting where
+"""For tests (seconds), for a desk (seconds to an hour or more), and for a GPU: the published setting where
 there is one, which the settings of each task say."""
 
 Carry = tuple[Tensor, ...]
