@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-__all__ = ["reproducible", "signals", "weighing"]
+__all__ = ["last_words", "reproducible", "signals", "weighing"]
+
+_LAST_WORDS_S = 5.0  # torchrun waits for 30 s before it kills.
 
 
 @contextlib.contextmanager
@@ -58,6 +61,24 @@ def signals(*, heard: bool) -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def last_words() -> Iterator[None]:
+    """Lets SIGTERM end this process some seconds late, and after an error for as long as the process lives.
+
+    torchrun sends it to those that are left when one has died, and what has happened is still to be told.
+    """
+    before = signal.signal(signal.SIGTERM, _end_soon)
+    yield
+    signal.signal(signal.SIGTERM, before)  # Not after an error, which the command tells when it has left this.
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+    """Ends this process in a while, if it has not come to its end by then."""
+    end = threading.Timer(_LAST_WORDS_S, os._exit, [128 + number])
+    end.daemon = True  # It does not keep a process that is done.
+    end.start()
 
 
 @contextlib.contextmanager

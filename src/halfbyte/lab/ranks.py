@@ -12,14 +12,10 @@ Each function here does nothing, or the obvious, where one process trains alone.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +31,7 @@ from ..distributed import most_of_ranks, rank, ranks, sum_of_ranks
 from ..errors import HalfbyteError, UnknownNameError
 from ..quantizers import GradScaleState, Quantizer
 from .data.source import Batch
+from .guard import last_words
 
 __all__ = [
     "PATIENCE_S",
@@ -69,8 +66,6 @@ STRATEGIES = ("ddp", "fsdp2")
 PATIENCE_S = 300.0
 """How long a rank waits for another in one exchange before it gives the run up."""
 
-_LAST_WORDS_S = 5.0  # torchrun waits for 30 s before it kills.
-
 T = TypeVar("T")
 
 
@@ -82,9 +77,6 @@ class LostRankError(HalfbyteError, RuntimeError):
 def company(environment: Mapping[str, str], accelerator: str) -> Iterator[bool]:
     """Joins the other processes, see `joined`, where ``torchrun`` has started several.
 
-    There SIGTERM ends this process some seconds late, also after an error: torchrun sends it to those that are left of
-    a run, and what has happened is still to be told.
-
     Args:
         environment: of this process, which would tell.
         accelerator: see `joined`.
@@ -95,17 +87,8 @@ def company(environment: Mapping[str, str], accelerator: str) -> Iterator[bool]:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         yield True
         return
-    before = signal.signal(signal.SIGTERM, _end_soon)
-    with joined(accelerator):
+    with last_words(), joined(accelerator):
         yield rank() == 0
-    signal.signal(signal.SIGTERM, before)
-
-
-def _end_soon(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
-    """Ends this process in a while, if it has not come to its end by then."""
-    end = threading.Timer(_LAST_WORDS_S, os._exit, [128 + number])
-    end.daemon = True  # It does not keep a process that is done.
-    end.start()
 
 
 @contextlib.contextmanager
